@@ -1,0 +1,58 @@
+"""The definition of the expert computation, as the shortest true code; every other backend is compared with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe.shapes import Float, Int
+
+
+class Rows(NamedTuple):
+    """The work of the experts at hand: n assignments in expert order.
+
+    The first counts[0] rows belong to expert 0, and so on; rows past counts.sum() are dropped and come out as zero.
+    """
+
+    x: Float[Tensor, "m d"]  # the vectors: local tokens, or rows received from other ranks
+    index: Int[Tensor, " n"]  # row i reads x[index[i]]: gathering is the backend's, so that it can be fused
+    weight: Float[Tensor, " n"]  # combine weight of row i, float32 or better
+    counts: Int[Tensor, " E"]
+    slots: Int[Tensor, "m k"] | None = None  # where each vector's k rows lie, if every vector has k of them
+
+
+class ExpertWeights(NamedTuple):
+    """Stacked weights of E experts; g is 2 with a gate (gate first, then up) and 1 without.
+
+    The last dimension is contiguous; the stride over experts is free, so experts may be rows of a larger buffer.
+    """
+
+    up: Float[Tensor, "E g f d"]
+    down: Float[Tensor, "E d f"]
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+    """y[i] = weight[i] * down_e(act(gate_e(x)) * up_e(x)) for x = rows.x[index[i]] and row i's expert e."""
+    act = ACTIVATIONS[activation]
+    out, start = [], 0
+    # unbind, because autograd writes a zero-filled gradient of the whole stack for each `weights.up[e]`
+    for up, down, count in zip(weights.up.unbind(), weights.down.unbind(), rows.counts.tolist(), strict=True):
+        x = rows.x[rows.index[start : start + count]]
+        hidden = [x @ w.T for w in up.unbind()]
+        hidden = act(hidden[0]) * hidden[1] if len(hidden) == 2 else act(hidden[0])
+        scale = rows.weight[start : start + count, None]
+        out.append(((hidden @ down.T) * scale).to(x.dtype))
+        start += count
+    out.append(rows.x.new_zeros(len(rows.index) - start, rows.x.shape[1]))
+    return torch.cat(out)

@@ -1,0 +1,42 @@
+"""The experts of one layer: stacked weights, a backend that multiplies them, and the `gather` seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe.kernels import GROUPED_MLP, backend
+from moe.kernels.reference import ExpertWeights, Rows
+from moe.shapes import Float
+
+Activation = Literal["silu", "gelu", "relu", "relu2"]
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of width f, gated (SwiGLU with `silu`) or not."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        d_expert: int,
+        *,
+        activation: Activation = "silu",
+        gated: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.activation, self.backend = activation, backend
+        self.up = nn.Parameter(torch.empty(num_experts, 2 if gated else 1, d_expert, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
+        # The seam through which weights move: FSSDP replaces it by a sparse all-gather.
+        self.gather: Callable[[ExpertWeights], ExpertWeights] = lambda weights: weights
+
+    def forward(self, rows: Rows) -> Float[Tensor, "n d"]:
+        weights = self.gather(ExpertWeights(self.up, self.down))
+        dtype = rows.x.dtype
+        weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype))
+        return backend(GROUPED_MLP, self.backend, rows.x)(rows, weights, self.activation)

@@ -1,0 +1,114 @@
+"""The contract of routing: Tokens (what a router may know), Routing (its answer), Router (the question)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe.shapes import Bool, Float, Int
+
+
+class Tokens(NamedTuple):
+    """What a router may know of the tokens beside their vectors."""
+
+    id: Int[Tensor, " t"]
+    sequence: Int[Tensor, " t"]  # which sequence of the call a token belongs to, 0 … b-1, ascending
+    index: Int[Tensor, " t"]  # global position in the step's batch: the same on any number of ranks
+    valid: Bool[Tensor, " t"]  # padding is neither routed nor counted
+    step: int
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "t d"]) -> Tokens:
+        """Tokens of one sequence about which nothing else is known."""
+        position = torch.arange(x.shape[0], device=x.device)
+        everywhere = torch.ones_like(position, dtype=torch.bool)
+        return cls(torch.zeros_like(position), torch.zeros_like(position), position, everywhere, 0)
+
+
+class Routing(NamedTuple):
+    """A list of assignments: row i sends token[i] to expert[i] and counts weight[i].
+
+    With `fan_out` k, row i belongs to token i // k (`per_token`), so a dispatcher may reshape instead of scattering.
+    """
+
+    token: Int[Tensor, " n"]
+    expert: Int[Tensor, " n"]  # 0 … E-1; E means dropped
+    weight: Float[Tensor, " n"]  # float32 or better
+    loss: Float[Tensor, ""]  # already weighted by its coefficients, summed over the call's valid tokens
+    stats: dict[str, Tensor]  # named sums over valid tokens, which metrics divide by counts
+    fan_out: int | None = None
+
+    @classmethod
+    def per_token(
+        cls, expert: Int[Tensor, "t k"], weight: Float[Tensor, "t k"], loss: Tensor | None = None, stats: dict[str, Tensor] | None = None
+    ) -> Routing:
+        """Every token chooses k experts."""
+        t, k = expert.shape
+        token = torch.arange(t, device=expert.device).repeat_interleave(k, output_size=t * k)
+        return cls(token, expert.reshape(-1), weight.reshape(-1), _zero(weight, loss), stats or {}, k)
+
+    @classmethod
+    def per_expert(
+        cls, token: Int[Tensor, "E c"], weight: Float[Tensor, "E c"], loss: Tensor | None = None, stats: dict[str, Tensor] | None = None
+    ) -> Routing:
+        """Every expert chooses c tokens."""
+        num_experts, c = token.shape
+        expert = torch.arange(num_experts, device=token.device).repeat_interleave(c, output_size=num_experts * c)
+        return cls(token.reshape(-1), expert, weight.reshape(-1), _zero(weight, loss), stats or {})
+
+    @classmethod
+    def dense(cls, weight: Float[Tensor, "t E"], loss: Tensor | None = None, stats: dict[str, Tensor] | None = None) -> Routing:
+        """Every token goes to every expert whose weight is not zero (one host synchronisation: the number of rows)."""
+        token, expert = (weight != 0).nonzero(as_tuple=True)
+        return cls(token, expert, weight[token, expert], _zero(weight, loss), stats or {})
+
+    def load(self, num_experts: int) -> Int[Tensor, " E"]:
+        """Assignments per expert, drops left out (a scatter, because bincount waits for the device)."""
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=self.expert.device)
+        return counts.scatter_add_(0, self.expert, torch.ones_like(self.expert))[:num_experts]
+
+
+class Router(nn.Module):
+    """Decides which token goes to which expert; one class a file, whose constructor is its schema in YAML.
+
+    A subclass takes `(d_model, num_experts, *, options…)` and overrides `forward`. `total`, `window` and `stream` are
+    filled in from outside and mean nothing on one device with one batch.
+    """
+
+    d_model: int
+    num_experts: int
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.d_model, self.num_experts = d_model, num_experts
+        # Differentiable sum over ranks, for losses that are defined on the global batch.
+        self.total: Callable[[Tensor], Tensor] = _alone
+        # Assignments per expert, over all ranks, of the accumulation window so far (or, when the window was run
+        # ahead, of the whole of it: then `window_complete`). None: the window is this one call.
+        self.window: Int[Tensor, " E"] | None = None
+        self.window_complete = False
+        # Seed of this router's random stream; noise is a pure function of (stream, step, global token index).
+        self.stream = 0
+
+    def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
+        """Route t tokens."""
+        raise NotImplementedError
+
+    def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
+        """Learn from a step that was applied, with totals over all ranks and the whole global batch."""
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 when the model runs in it: decisions are never taken below float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+def _zero(like: Tensor, loss: Tensor | None) -> Tensor:
+    return like.new_zeros(()) if loss is None else loss
