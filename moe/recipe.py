@@ -8,6 +8,7 @@ from pydantic import Field
 
 from moe.config import Choice, Settings
 from moe.data.sources import SOURCES
+from moe.engines.settings import Engine, Optimizer, Schedule
 from moe.model.settings import Model
 from moe.parallel.layout import Layout
 
@@ -40,35 +41,6 @@ class Train(Settings):
     balance_window: Literal["running", "exact"] = "running"  # what a global balance loss sees of an accumulation window
     skip_limit: int = Field(10, gt=0)  # non-finite steps in a row before the run stops
     restarts: int = Field(0, ge=0)  # times torchrun starts all ranks again after one died
-
-
-class Optimizer(Settings):
-    """AdamW, SGD, or Muon for matrices with AdamW for the rest."""
-
-    name: Literal["adamw", "sgd", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)  # of sgd and muon
-    weight_decay: float = Field(0.1, ge=0)  # never of norms and biases
-    decay_router: bool = True
-
-
-class Schedule(Settings):
-    """Learning rate over steps, as a share of optimizer.lr."""
-
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(0, ge=0)  # steps
-    decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the run that the final decay takes
-    final: float = Field(0.1, ge=0, le=1)  # share of lr at the end
-
-
-class Engine(Settings):
-    """How parameters are held, and what is recomputed or compiled."""
-
-    name: Literal["ddp", "fsdp2"] = "ddp"
-    recompute: Literal["none", "full"] = "none"  # activations; never a routing decision
-    compile: bool = False
 
 
 class Checkpoint(Settings):
