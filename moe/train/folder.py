@@ -1,0 +1,103 @@
+"""The run's folder: recipe, environment, metrics, checkpoints, samples, weights; and whether a recipe may go on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moe
+from moe.config import dump, load
+from moe.errors import ConfigError
+from moe.recipe import Recipe
+
+# What may differ from the recipe a run began with: it changes how the run is carried out, not what is learned.
+FREE = ("run", "parallel", "engine", "checkpoint", "evaluate", "log", "train.accumulate", "train.steps", "train.skip_limit", "train.restarts")
+
+
+def open_folder(recipe: Recipe) -> Path:
+    """Make the run's folder, or go on in one that was begun with the same recipe; writes recipe and environment."""
+    folder = Path(recipe.run.folder)
+    known = folder / "recipe.yaml"
+    if known.exists():
+        differing = differences(load([known], []), recipe)
+        if differing:
+            key, before, now = differing[0]
+            more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{folder} holds a run of another recipe: {key} was {before!r} and is now {now!r}{more}; set run.folder to a new folder"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run; set run.folder to a new folder")
+    for part in ("checkpoints", "samples"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_whole(known, dump(recipe))
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return folder
+
+
+def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
+    """Keys, with both values, in which two recipes would train different models."""
+    a, b = flatten(before.model_dump()), flatten(now.model_dump())
+    return [
+        (key, a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE)
+    ]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.moe.experts": 8, …}: every leaf of a recipe under its dotted key."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else None
+    if items is None:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in items:
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def environment() -> dict[str, Any]:
+    """What the run was made with: versions, machine, commit."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or platform.machine()]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "moe": moe.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "devices": devices,
+        "cpus": os.cpu_count(),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def commit() -> str | None:
+    """Git commit of the package's checkout, with "+changes" when files differ from it; None outside a checkout."""
+    package = Path(moe.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
