@@ -19,7 +19,18 @@ from moe.errors import ConfigError
 from moe.recipe import Recipe
 
 # What may differ from the recipe a run began with: it changes how the run is carried out, not what is learned.
-FREE = ("run", "parallel", "engine", "checkpoint", "evaluate", "log", "train.accumulate", "train.steps", "train.skip_limit", "train.restarts")
+FREE = (
+    "run",
+    "parallel",
+    "engine",
+    "checkpoint",
+    "evaluate",
+    "log",
+    "train.accumulate",
+    "train.steps",
+    "train.skip_limit",
+    "train.restarts",
+)
 
 
 def open_folder(recipe: Recipe) -> Path:

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from moe.engines.base import StepResult
 from moe.errors import ConfigError
 from moe.model.moe_layer import Report
+from moe.model.transformer import Transformer
 from moe.recipe import Log
 
 # Dense peak of one device in FLOP/s, by a part of its name (vendors' data sheets: bfloat16, and float32 without TF32).
@@ -91,13 +93,16 @@ class Clock:
             figures["mfu"] = round(rate * self.flops_per_token / (self.peak * self.world), 4)
         return figures
 
-    def pause(self) -> None:
-        """Leave out what passed since the last reading: evaluation and saving are not training speed."""
-        self.start, self.tokens = time.perf_counter(), 0
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside: evaluation and saving are not training speed."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
 
 
-def row_of(result: StepResult, *, step: int, lr: float, layers: list[int], k: list[int | None]) -> dict[str, Any]:
-    """The training row of a step."""
+def row_of(result: StepResult, *, step: int, lr: float, model: Transformer) -> dict[str, Any]:
+    """The training row of a step, with the routing health of each sparse layer."""
     row = {
         "step": step,
         "loss": result.loss.item(),
@@ -107,8 +112,12 @@ def row_of(result: StepResult, *, step: int, lr: float, layers: list[int], k: li
         "applied": result.applied,
         "memory_gib": round(_memory_bytes() / 2**30, 3),
     }
-    if result.reports:
-        row["layers"] = {str(layer): health(report, fan) for layer, report, fan in zip(layers, result.reports, k, strict=True)}
+    routers = model.routers()
+    if routers:
+        row["layers"] = {
+            str(layer): health(report, getattr(router, "k", None))
+            for (layer, router), report in zip(routers.items(), result.reports, strict=True)
+        }
     return row
 
 

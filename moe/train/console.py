@@ -1,0 +1,79 @@
+"""What a person sees of a run: a live line at a terminal, plain lines elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moe.train.inspect import health_line, inspect
+
+
+class Console:
+    """Prints on the first rank; silent on the others."""
+
+    def __init__(self, *, first: bool) -> None:
+        self.terminal = Terminal(quiet=not first, highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.terminal.print(text, markup=False)
+
+    @contextmanager
+    def progress(self, done: int, steps: int) -> Iterator[None]:
+        """A live bar while the loop runs, if this is a terminal."""
+        if not self.terminal.is_terminal or self.terminal.quiet:
+            yield
+            return
+        columns = (
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self.terminal) as self.bar:
+            self.task = self.bar.add_task("steps", total=steps, completed=done, figures="")
+            yield
+        self.bar = None
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def step(self, row: dict[str, Any]) -> None:
+        figures = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in row:
+            figures += f"  mfu {row['mfu']:.1%}"
+        if row.get("layers"):
+            figures += f"  load max/mean {max(layer['max_over_mean'] for layer in row['layers'].values()):.2f}"
+        if not row["applied"]:
+            figures += "  SKIPPED: loss or gradient was not finite"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], figures=figures)
+            return
+        self.say(f"step {row['step']:>6}  {figures}")
+
+    def validation(self, row: dict[str, Any]) -> None:
+        churn = f"  churn {row['churn']:.1%}" if "churn" in row else ""
+        self.say(
+            f"step {row['step']:>6}  validation loss {row['validation_loss']:.4f}  perplexity {row['perplexity']:.2f}  "
+            f"bits per byte {row['bits_per_byte']:.3f}{churn}"
+        )
+
+    def summary(self, folder: Path, sample: str) -> None:
+        """The end of a run: how the loss went, how the experts were used, what the model writes, where it all lies."""
+        facts = inspect(folder)
+        validation = facts["validation"]["last"]
+        self.say(f"\nloss {facts['loss']['first']:.4f} → {facts['loss']['last']:.4f} in {facts['steps']['done']} steps")
+        self.say(f"validation {validation['validation_loss']:.4f}, {validation['bits_per_byte']:.3f} bits per byte")
+        self.say(f"speed {facts['tokens_per_second']:,.0f} tokens/s")
+        self.say(health_line(facts["layers"]))
+        self.say(f"sample\n{indent(sample, '    ')}")
+        self.say(f"run {folder.resolve()}")

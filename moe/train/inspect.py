@@ -1,0 +1,108 @@
+"""What was trained and how it went, read back from a run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from moe.errors import ConfigError
+from moe.train.metrics import read
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Facts of a run: its model and data, loss from first to last, validation, speed, routing health per layer."""
+    recipe_file = folder / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise ConfigError(f"{folder} holds no run (there is no recipe.yaml); give the folder that `moe train` named at its end")
+    recipe = yaml.safe_load(recipe_file.read_text())
+    rows = list(read(folder / "metrics.jsonl"))
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "validation_loss" in row]
+    environment = folder / "environment.json"
+    facts: dict[str, Any] = {
+        "folder": str(folder),
+        "recipe": recipe,
+        "environment": json.loads(environment.read_text()) if environment.is_file() else {},
+        "steps": {"done": training[-1]["step"] if training else 0, "planned": recipe["train"]["steps"]},
+        "skipped": sum(not row.get("applied", True) for row in training),
+        "checkpoints": sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-????????")),
+        "samples": [str(path) for path in sorted((folder / "samples").glob("*.txt"))],
+    }
+    if training:
+        rates = sorted(row["tokens_per_second"] for row in training)
+        facts["loss"] = {"first": training[0]["loss"], "last": training[-1]["loss"]}
+        facts["tokens_per_second"] = rates[len(rates) // 2]
+        facts["memory_gib"] = max(row["memory_gib"] for row in training)
+        facts["layers"] = training[-1].get("layers", {})
+    if validation:
+        best = min(validation, key=lambda row: row["bits_per_byte"])
+        facts["validation"] = {"last": validation[-1], "best": best}
+    return facts
+
+
+def health_line(layers: dict[str, dict[str, float]]) -> str:
+    """Routing health over all layers in one line."""
+    if not layers:
+        return "routing: no MoE layer"
+    worst = max(layers.values(), key=lambda layer: layer["max_over_mean"])["max_over_mean"]
+    cv = sum(layer["cv"] for layer in layers.values()) / len(layers)
+    dead = int(sum(layer["dead"] for layer in layers.values()))
+    drops = max(layer.get("drop_rate", 0.0) for layer in layers.values())
+    return f"routing: fullest expert {worst:.2f}x the mean, CV {cv:.2f}, dead experts {dead}, dropped {drops:.1%} ({len(layers)} layers)"
+
+
+def show(facts: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `inspect` found."""
+    model = facts["recipe"]["model"]
+    lines = Table.grid(padding=(0, 2))
+    moe = model.get("moe")
+    shape = f"{model['layers']} layers, width {model['d_model']}"
+    if moe:
+        shape += f", {moe['experts']} experts of width {moe['d_expert']}, router {_router(moe['router'])}"
+    lines.add_row("model", shape)
+    lines.add_row(
+        "steps", f"{facts['steps']['done']} of {facts['steps']['planned']}" + (f", {facts['skipped']} skipped" if facts["skipped"] else "")
+    )
+    if "loss" in facts:
+        lines.add_row("loss", f"{facts['loss']['first']:.4f} → {facts['loss']['last']:.4f}")
+    if "validation" in facts:
+        last, best = facts["validation"]["last"], facts["validation"]["best"]
+        lines.add_row(
+            "validation",
+            f"{last['bits_per_byte']:.3f} bits per byte at step {last['step']} (best {best['bits_per_byte']:.3f} at {best['step']})",
+        )
+    if "tokens_per_second" in facts:
+        lines.add_row("speed", f"{facts['tokens_per_second']:,.0f} tokens/s, peak memory {facts['memory_gib']:.2f} GiB a rank")
+    lines.add_row("checkpoints", ", ".join(map(str, facts["checkpoints"])) or "none")
+    environment = facts["environment"]
+    if environment:
+        lines.add_row(
+            "made with", f"moe {environment['moe']}, torch {environment['torch']}, commit {(environment['commit'] or 'unknown')[:12]}"
+        )
+    parts: list[Any] = [Text(facts["folder"], style="bold"), lines]
+    if facts.get("layers"):
+        parts += [Text(), Text(health_line(facts["layers"])), _layers(facts["layers"])]
+    (console or Console()).print(Group(*parts))
+
+
+def _router(router: dict[str, Any] | str) -> str:
+    if isinstance(router, str):
+        return router
+    return router["name"] + (f" (k={router['k']})" if "k" in router else "")
+
+
+def _layers(layers: dict[str, dict[str, float]]) -> Table:
+    names = sorted(
+        {name for layer in layers.values() for name in layer},
+        key=["max_over_mean", "cv", "dead", "drop_rate", "entropy", "confidence", "auxiliary_loss"].index,
+    )
+    table = Table("layer", *(name.replace("_", " ") for name in names), box=None, header_style="bold")
+    for number, layer in layers.items():
+        table.add_row(number, *(f"{layer[name]:.4g}" if name in layer else "" for name in names))
+    return table

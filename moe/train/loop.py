@@ -1,0 +1,172 @@
+"""The loop: from a recipe to a trained model, read from top to bottom."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe import faults
+from moe.checkpoint.store import Store
+from moe.checkpoint.weights import save_weights
+from moe.data.corpus import Corpus, open_corpus, prepare
+from moe.data.loader import Loader
+from moe.engines import ENGINES
+from moe.engines.base import StepResult
+from moe.engines.schedule import learning_rate
+from moe.errors import NonFinite, Preempted
+from moe.model.cost import cost, describe
+from moe.model.transformer import Transformer
+from moe.parallel.fingerprint import check_agreement
+from moe.parallel.launch import StopSignal
+from moe.parallel.mesh import Mesh, start
+from moe.recipe import Recipe
+from moe.tables import entry
+from moe.train.console import Console
+from moe.train.evaluate import Evaluation
+from moe.train.folder import flatten, open_folder
+from moe.train.metrics import Clock, Metrics, row_of
+
+
+@dataclass
+class Progress:
+    """What crosses a step and belongs to neither engine nor loader."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def advance(self, result: StepResult, limit: int) -> None:
+        """Count a step; raise NonFinite after `limit` skipped ones in a row."""
+        self.step += 1
+        self.tokens += result.tokens
+        self.skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= limit:
+            raise NonFinite(
+                f"loss or gradient was not finite in {limit} steps in a row, the last being step {self.step}; "
+                "lower optimizer.lr or raise schedule.warmup"
+            )
+
+
+def train(recipe: Recipe) -> None:
+    """Run a recipe to its end, going on from its newest checkpoint if it has one."""
+    mesh = start(recipe.parallel)
+    recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
+    check_agreement(mesh, {key: repr(value) for key, value in flatten(recipe.model_dump()).items()})
+    stop = StopSignal()
+    console = Console(first=mesh.first)
+    folder = Path(recipe.run.folder)
+    mesh.first_does(lambda: open_folder(recipe))
+
+    corpus = read_corpus(recipe, mesh, folder / "tokens")
+    console.say(corpus.describe())
+    with torch.device("meta"):
+        model = Transformer(recipe.model, recipe.model.vocab or corpus.tokenizer.vocab, seed=recipe.train.seed)
+    price = cost(model, recipe.data.sequence)
+    console.say(describe(price))
+
+    engine = build_engine(recipe, model, mesh)
+    loader = build_loader(recipe, corpus, mesh)
+    store = Store(folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, durable_every=recipe.checkpoint.durable_every)
+    progress = restore(store, engine, loader, console)
+    metrics = Metrics(folder, recipe.log, first=mesh.first, from_step=progress.step)
+    evaluation = Evaluation(recipe, corpus, engine, mesh, folder)
+    clock = Clock(price.training_flops, recipe.train.dtype, mesh.world, mesh.device)
+
+    steps = recipe.train.steps
+    with console.progress(progress.step, steps):
+        while progress.step < steps:
+            lr = learning_rate(recipe.schedule, progress.step, steps, recipe.optimizer.lr)
+            faults.point("loop/step", step=progress.step)
+            result = engine.step(loader.take(), progress.step, lr)
+            progress.advance(result, recipe.train.skip_limit)
+            clock.tokens += result.tokens
+            store.poll()
+
+            step, last = progress.step, progress.step == steps
+            stopping = mesh.agree(stop.asked) and not last
+            console.advance(step)
+            if due(step, recipe.log.every, last) or step == 1 or not result.applied:
+                row = row_of(result, step=step, lr=lr, model=model) | clock.read()
+                metrics.write(row)
+                console.step(row)
+            if due(step, recipe.evaluate.every, last):
+                with clock.paused():
+                    row = evaluation.run(step)
+                metrics.write(row)
+                console.validation(row)
+            if due(step, recipe.checkpoint.every, last or stopping):
+                with clock.paused():
+                    save(store, engine, loader, progress, background=recipe.checkpoint.mode == "background")
+            if stopping:
+                store.finish()
+                raise Preempted(f"stopped at step {step} of {steps} with a checkpoint in {folder}; the same command goes on from there")
+
+    store.finish()
+    save_weights(folder / "weights", engine.canonical_state(), mesh)
+    text = evaluation.sample(progress.step)
+    metrics.close()
+    console.summary(folder, text)
+
+
+def due(step: int, every: int, always: bool) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return always or step % every == 0
+
+
+def read_corpus(recipe: Recipe, mesh: Mesh, folder: Path) -> Corpus:
+    """The recipe's corpus; the first rank tokenises it unless an earlier start of the run did."""
+    data = recipe.data
+    mesh.first_does(lambda: prepare(data.sources, data.tokenizer, folder, validation=data.validation))
+    return open_corpus(folder)
+
+
+def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:
+    """The recipe's engine around a model on the meta device."""
+    return entry(ENGINES, recipe.engine.name, "engine")(
+        model,
+        mesh,
+        optimizer=recipe.optimizer,
+        engine=recipe.engine,
+        dtype=recipe.train.dtype,
+        accumulate=recipe.train.accumulate,
+        clip=recipe.train.clip,
+        balance_window=recipe.train.balance_window,
+        seed=recipe.train.seed,
+    )
+
+
+def build_loader(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> Loader:
+    """The recipe's training batches, this rank's rows of them."""
+    return Loader(
+        corpus,
+        sequence=recipe.data.sequence,
+        batch=recipe.train.batch,
+        seed=recipe.train.seed,
+        rank=mesh.rank,
+        world=mesh.world,
+        document_mask=recipe.data.document_mask,
+    )
+
+
+def restore(store: Store, engine: Any, loader: Loader, console: Console) -> Progress:
+    """Progress of the newest checkpoint, with engine and loader brought to it; of step 0 if there is none."""
+    if not store.steps():
+        return Progress()
+    state = engine.canonical_state()
+    scalars = store.load(state)
+    engine.load_canonical(state)
+    loader.restore(scalars["loader"])
+    progress = Progress(**scalars["progress"])
+    console.say(f"going on from step {progress.step}")
+    return progress
+
+
+def save(store: Store, engine: Any, loader: Loader, progress: Progress, *, background: bool) -> None:
+    """Write a checkpoint of everything that the next step depends on."""
+    scalars = {"progress": asdict(progress), "loader": loader.state()}
+    store.save(progress.step, engine.canonical_state(), scalars, background=background)
