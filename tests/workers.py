@@ -1,0 +1,131 @@
+"""Several ranks in a test for a tenth of a second: processes forked from a server that has torch loaded.
+
+The server never runs an operation (a fork after the first OpenMP region hangs), so tests may use torch freely in the parent.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+_PRELOAD = [
+    "pytest",
+    "pydantic",
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed._functional_collectives",
+    "torch._dynamo",
+]
+_GROUP_SECONDS = 30  # a collective that takes longer is a hang
+_CONSEQUENCES = ("still running", "Connection closed", "Connection reset", "Broken pipe")  # told after the causes
+_LINGER_SECONDS = 0.3  # after the first failure, time for the others to say what they saw
+
+
+class WorkerError(AssertionError):
+    """A rank raised, died or hung; the message holds each failed rank's traceback."""
+
+
+def run_ranks(world: int, function: Callable, *args, timeout: float = 60) -> list:
+    """Run `function(rank, world, *args)` on `world` gloo ranks and return the results by rank.
+
+    function, args and results must pickle (a module-level function). The first failure kills every rank. The ranks meet in
+    a barrier at the end, unless function has destroyed the process group itself.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    task = pickle.dumps((function, args))
+    with tempfile.TemporaryDirectory(prefix="moe-ranks-") as folder:
+        ranks, pipes = [], []
+        for rank in range(world):
+            receiver, sender = context.Pipe(duplex=False)
+            rank_args = (rank, world, folder, sender, task, dict(os.environ), list(sys.path), timeout)
+            process = context.Process(target=_rank, args=rank_args, daemon=True)
+            process.start()
+            sender.close()
+            ranks.append(process)
+            pipes.append(receiver)
+        try:
+            outcomes = _collect(pipes, time.monotonic() + timeout + 2)
+            _raise_failures(outcomes, ranks, Path(folder))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+                process.close()
+    return [outcome[1] for outcome in outcomes]
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[tuple]:
+    """One ("result", value), ("error", traceback) or ("silent", reason) a rank."""
+    outcomes: list[tuple] = [("silent", "still running")] * len(pipes)
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for pipe in wait(list(waiting), timeout=left):
+            rank = waiting.pop(pipe)
+            try:
+                outcomes[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                outcomes[rank] = ("silent", "died")
+            if outcomes[rank][0] != "result":
+                deadline = min(deadline, time.monotonic() + _LINGER_SECONDS)
+    return outcomes
+
+
+def _raise_failures(outcomes: list[tuple], ranks: list, folder: Path) -> None:
+    failures = []
+    for rank, (kind, text) in enumerate(outcomes):
+        if kind == "result":
+            continue
+        if text == "died":
+            ranks[rank].join(5)
+            text = f"died with exit code {ranks[rank].exitcode} before it returned"
+        stack = folder / f"stack-{rank}"
+        failures.append(f"rank {rank}: {text}\n{stack.read_text() if stack.exists() else ''}")
+    if failures:
+        failures.sort(key=lambda text: any(sign in text for sign in _CONSEQUENCES))
+        raise WorkerError("\n".join(failures))
+
+
+def _rank(rank: int, world: int, folder: str, sender: Connection, task: bytes, environment: dict, path: list, timeout: float) -> None:
+    # the server's environment and path are those of its first use; a test may have changed both since
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+
+    code = 0
+    with open(f"{folder}/stack-{rank}", "w") as stack:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
+        try:
+            torch.set_num_threads(1)
+            store = dist.FileStore(f"{folder}/store", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=_GROUP_SECONDS))
+            function, args = pickle.loads(task)
+            result = function(rank, world, *args)
+            if dist.is_initialized():
+                dist.barrier()  # a rank that leaves early makes the others fail in their first connection
+            sender.send_bytes(pickle.dumps(("result", result)))
+        except BaseException:  # CheckpointException of torch is a BaseException
+            code = 1
+            sender.send_bytes(pickle.dumps(("error", traceback.format_exc())))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a process that used DTensor on gloo aborts now and then in its destructors
