@@ -1,0 +1,186 @@
+"""Top-k token choice: Switch, Mixtral, OLMoE, Qwen3-MoE and DeepSeek-V2/V3 are settings of this one router."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.errors import ConfigError
+from moe.routers import losses, noise
+from moe.routers.base import Router, Routing, Tokens, best, full_precision, linear
+from moe.shapes import Float, Int
+
+
+class TopK(Router):
+    """Keep each token's k best experts (Shazeer et al., 2017).
+
+    score: how logits become scores. Scores before the selection are `normalize="none"`; scores among the selected,
+        after it, are `normalize="selected"`: for softmax the two readings, renormalise or take the softmax of
+        the selected logits, are the same numbers.
+    scale: factor on the weights (DeepSeek-V3: 2.5).
+    groups, groups_kept, group_score: choose only within a token's best groups of neighbouring experts, ranked by
+        their best score (DeepSeek-V2) or the sum of their two best (DeepSeek-V3).
+    jitter: in training, multiply the input by U(1 - jitter, 1 + jitter) (Switch).
+    balance_loss: coefficient of the Switch loss, whose loads are counted over the call ("micro"), over each sequence,
+        or over the global batch; 0 for none. It is 1 at balance, whatever k.
+    z_loss: coefficient of the router z-loss; 0 for none.
+    bias_rate: loss-free balancing (Wang et al., 2024): a bias per expert, used for the selection alone, moves by this much a
+        step. 0 keeps the bias as it is; None has none. It combines with the losses (DeepSeek-V3: "sequence", 1e-4).
+
+    Padding gets expert E, weight 0, and no part in loss, statistics or load. The losses are zero outside of training.
+    A non-finite logit gives a non-finite weight, so that the loss shows it on every rank; nothing waits for the device.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        normalize: Literal["none", "selected"] = "selected",
+        scale: float = 1.0,
+        groups: int = 1,
+        groups_kept: int = 1,
+        group_score: Literal["best", "best_two"] = "best_two",
+        jitter: float = 0.0,
+        balance_loss: float = 0.01,
+        balance_scope: Literal["micro", "sequence", "global"] = "global",
+        z_loss: float = 0.0,
+        bias_rate: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts)
+        self.k, self.score, self.normalize, self.scale = k, score, normalize, scale
+        self.groups, self.groups_kept, self.group_score = groups, groups_kept, group_score
+        self.jitter, self.balance_loss, self.balance_scope = jitter, balance_loss, balance_scope
+        self.z_loss, self.bias_rate = z_loss, bias_rate
+        self._check()
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.register_buffer("bias", None if bias_rate is None else torch.empty(num_experts, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Small normal weights, no bias."""
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
+        if self.jitter and self.training:
+            draw = noise.uniform(self.stream, tokens.step, tokens.index, self.d_model)
+            x = full_precision(x) * (1 + self.jitter * (2 * draw - 1))
+        logits = linear(x, self.weight)
+        log_score = logits.log_softmax(-1) if self.score == "softmax" else F.logsigmoid(logits)
+        chosen = self._select(logits.detach(), log_score.detach())
+        weight = log_score.gather(1, chosen)
+        # in logarithms, so that the sum of scores that all underflow is not divided by
+        weight = self.scale * (weight.softmax(-1) if self.normalize == "selected" else weight.exp())
+
+        valid = tokens.valid
+        probability = log_score.exp() if self.score == "softmax" else log_score.softmax(-1)
+        probability = torch.where(valid[:, None], probability, 0)
+        z = torch.where(valid, losses.z(logits), 0).sum()
+        with torch.no_grad():
+            stats = {
+                "probability": probability.sum(0),
+                "entropy": losses.entropy(probability).sum(),
+                "confidence": probability.amax(-1).sum(),
+                "z": z.detach(),
+            }
+        expert = torch.where(valid[:, None], chosen, self.num_experts)
+        routing = Routing.per_token(expert, torch.where(valid[:, None], weight, 0), stats=stats)
+        if not self.training:
+            return routing
+        return routing._replace(loss=self._balance(routing, probability, tokens) + self.z_loss * z)
+
+    def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
+        """Raise the bias of experts below the mean load, lower it above (Wang et al., 2024).
+
+        The mean is taken out of the move: the selection does not see a constant, but float32 would, once it has grown.
+        """
+        if self.bias is None:
+            return
+        sign = torch.sign(load.sum() - load * self.num_experts).to(self.bias)
+        self.bias += self.bias_rate * (sign - sign.mean())
+
+    def _select(self, logits: Tensor, log_score: Tensor) -> Int[Tensor, "t k"]:
+        if self.bias is None and self.groups == 1:
+            return best(logits, self.k)  # scores rank the same, but saturate
+        score = log_score.exp() if self.bias is None else log_score.exp() + self.bias
+        ranking = logits if self.bias is None else score
+        if self.groups > 1:
+            by_group = score.unflatten(-1, (self.groups, -1))
+            top = 1 if self.group_score == "best" else min(2, by_group.shape[-1])
+            kept = best(by_group.topk(top).values.sum(-1), self.groups_kept)
+            outside = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, kept, False)
+            ranking = ranking.masked_fill(outside.repeat_interleave(by_group.shape[-1], 1), -torch.inf)
+        return best(ranking, self.k)
+
+    def _balance(self, routing: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
+        """The balance loss summed over the call's valid tokens.
+
+        It is linear in the call's probabilities once the loads are known, so that the sum over calls and ranks is
+        exactly the loss of the global batch when the window is complete. While it is not, a call sees the
+        loads of the window so far, its own included, over all ranks.
+        """
+        if not self.balance_loss:
+            return probability.new_zeros(())
+        if self.balance_scope == "sequence":
+            return self.balance_loss * self._sequence_balance(routing, probability, tokens)
+        load = routing.load(self.num_experts)
+        if self.balance_scope == "global":
+            load = self._window_load(load)
+        return self.balance_loss * losses.balance(load, probability.sum(0))
+
+    def _window_load(self, load: Tensor) -> Tensor:
+        if self.window is not None and self.window_complete:
+            return self.window
+        load = self.total(load)
+        return load if self.window is None else load + self.window
+
+    def _sequence_balance(self, routing: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
+        # a table with a row for as many sequences as there can be: their number is not known without a wait
+        t, num_experts = probability.shape
+        slot = tokens.sequence[:, None] * num_experts + routing.expert.view(t, self.k)
+        slot = torch.where(tokens.valid[:, None], slot, t * num_experts)
+        load = probability.new_zeros(t * num_experts + 1).scatter_add_(0, slot.view(-1), torch.ones_like(routing.weight))
+        return losses.balance(load[:-1].view(t, num_experts)[tokens.sequence], probability).sum()
+
+    def _apply(self, fn, recurse=True):
+        """The bias moves with the module but stays float32: below, a step would be rounded away."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias is not None and self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+    def _check(self) -> None:
+        experts, k = self.num_experts, self.k
+        if not 1 <= k <= experts:
+            raise ConfigError(f"a router cannot choose k={k} of {experts} experts; choose router.k from 1 to {experts}")
+        if k == 1 and experts > 1 and self.normalize == "selected":
+            raise ConfigError(
+                "k=1 with normalize=selected makes every weight 1, so that the router's gradient is exactly zero and it never "
+                "learns; choose router.normalize=none (Switch) or router.k=2"
+            )
+        if experts % self.groups:
+            raise ConfigError(
+                f"{experts} experts do not split into {self.groups} equal groups; choose router.groups={_divisor(experts, self.groups)}"
+            )
+        if not 1 <= self.groups_kept <= self.groups:
+            raise ConfigError(f"groups_kept={self.groups_kept} of {self.groups} groups; choose router.groups_kept from 1 to {self.groups}")
+        if k > (room := self.groups_kept * experts // self.groups):
+            raise ConfigError(
+                f"k={k} experts do not fit into {self.groups_kept} kept groups with {room}; choose a larger router.groups_kept"
+            )
+        if not 0 <= self.jitter < 1:
+            raise ConfigError(f"jitter={self.jitter} would turn inputs around; choose router.jitter from 0 up to, but not including, 1")
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, max(at_most, 1) + 1) if number % d == 0)
