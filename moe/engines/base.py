@@ -1,12 +1,33 @@
-"""The contract of an engine: one optimizer step on the global batch, and a canonical view of what it learned."""
+"""The contract of an engine: one optimizer step on the global batch, and a canonical view of what it learned.
+
+"Divide once": a loss is a sum, divided once by a count over the whole global batch; everything that travels is summed.
+No engine multiplies by a number of ranks, so none can forget it.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe.engines import settings
+from moe.engines.optimizer import Optimizers
+from moe.errors import CheckpointError, ConfigError
 from moe.model.moe_layer import Report
+from moe.model.transformer import Transformer
+from moe.parallel import balance
+from moe.parallel.apply import parallelize
+from moe.parallel.collectives import sum_ranks
+from moe.parallel.mesh import Mesh
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_ROW = 4096
 
 
 class StepResult(NamedTuple):
@@ -18,3 +39,195 @@ class StepResult(NamedTuple):
     applied: bool  # False: loss or gradient was not finite, and nothing learned from this step
     tokens: int  # routed (valid) tokens of the global batch
     reports: list[Report]  # one an MoE layer, totalled over ranks and the window; loss is the mean
+
+
+class Evaluated(NamedTuple):
+    """Sums over all ranks' rows of one held-out batch."""
+
+    loss: Tensor  # summed cross-entropy in nats, float64 scalar
+    targets: int
+    reports: list[Report]  # one an MoE layer, totalled over ranks
+
+
+class Engine(ABC):
+    """Trains a model that comes on the meta device; a subclass says where parameters live and how gradients meet.
+
+    Parameters start as a pure function of (seed, name), whatever the ranks. Under bfloat16 all arithmetic but the routers'
+    is bfloat16, while what the optimizer moves, its moments and every sum of gradients are float32.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        *,
+        optimizer: settings.Optimizer,
+        engine: settings.Engine,
+        dtype: str,
+        accumulate: int,
+        clip: float | None,
+        balance_window: str,
+        seed: int,
+    ) -> None:
+        self.model, self.mesh, self.seed = model, mesh, seed
+        self.compute = _DTYPES[dtype]
+        self.master = torch.float32 if self.compute == torch.bfloat16 else self.compute
+        self.accumulate, self.clip = accumulate, clip
+        self.run_ahead = balance_window == "exact" and accumulate > 1
+        self.routers = model.routers()
+        self.of_routers = {f"{path}.{name}" for path, m in model.named_modules() if m in self.routers for name, _ in m.named_parameters()}
+        parallelize(model, recompute=engine.recompute, compile=engine.compile)
+        self.parameters = self.place()
+        hidden = [name for name in self.parameters if name.startswith("blocks.")]
+        self.optimizers = Optimizers(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
+
+    @abstractmethod
+    def place(self) -> dict[str, Tensor]:
+        """Allocate the model's parameters at their first values, and name those that the optimizer moves."""
+
+    @abstractmethod
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around a micro-batch: gradients add up, and begin to meet those of other ranks if it is the window's last."""
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """This rank's pieces of the gradient as plain tensors, once they hold the sum over ranks."""
+
+    @abstractmethod
+    def counted(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Those of the pieces that this rank counts, so that every element counts on one rank."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the gradients."""
+
+    def publish(self) -> None:
+        """Show the model what the optimizer, or a checkpoint, did to the parameters."""
+
+    def step(self, batch: Any, step: int, lr: float) -> StepResult:
+        """Learn from the global batch of which `batch` holds this rank's rows."""
+        batch = self._here(batch)
+        parts = self._cut(batch)
+        targets, tokens = self._counts(batch)
+        self.model.train()
+        self.clear()
+        loss, reports = torch.zeros((), dtype=torch.float64, device=self.mesh.device), None
+        with balance.Window(self.routers) as window:
+            if self.run_ahead:
+                self._look_ahead(window, parts, step)
+            for number, part in enumerate(parts, 1):
+                last = number == len(parts)
+                with self.accumulating(last):
+                    out = self.model(*part, step=step)
+                    auxiliary = sum(report.loss for report in out.reports)
+                    (out.loss / targets + auxiliary / tokens).backward()
+                loss += out.loss.detach()
+                reports = balance.add_reports(reports, out.reports)
+                if not (last or self.run_ahead):
+                    window.add(out.reports)
+        return self._settle(loss, reports or [], targets, tokens, lr)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, step: int) -> Evaluated:
+        """Losses of a held-out batch, summed over ranks; changes nothing. Every rank must call it as often."""
+        batch = self._here(batch)
+        self.model.eval()
+        out = self.model(*batch, step=step)
+        figures = balance.pack(torch.stack([out.loss.double(), _targets(batch).double()]), out.reports)
+        figures = sum_ranks(figures).cpu()
+        return Evaluated(figures[0], int(figures[1]), balance.unpack(figures[2:], out.reports))
+
+    def canonical_state(self) -> dict[str, Tensor]:
+        """Everything learned, under names and shapes that no layout changes; the live tensors, so load into them.
+
+        Keys: 'model.<name>' (router buffers too), 'optimizer.<moment>.<name>', 'optimizer.step'.
+        """
+        state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._learned().items()}
+        state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state().items()}
+        return state | {"optimizer.step": torch.tensor(self.optimizers.steps)}
+
+    @torch.no_grad()
+    def load_canonical(self, state: dict[str, Tensor]) -> None:
+        """Go on from a canonical state: that of this engine filled in place, or whole tensors of any other."""
+        own = self.canonical_state()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            raise CheckpointError(
+                f"the state is of another model or optimizer: it differs in {len(wrong)} names, such as {wrong[0]}; "
+                f"give the recipe that the state was saved with"
+            )
+        for name, tensor in own.items():
+            _fill(name, tensor, state[name])
+        self.optimizers.resume(int(state["optimizer.step"]))
+        self.publish()
+
+    def _learned(self) -> dict[str, Tensor]:
+        persistent = self.model.state_dict()
+        return {**self.parameters, **{name: b for name, b in self.model.named_buffers() if name in persistent}}
+
+    def _look_ahead(self, window: balance.Window, parts: Sequence[Any], step: int) -> None:
+        # the same noise and parameters route the same tokens the same way again
+        with torch.no_grad():
+            seen = None
+            for part in parts:
+                seen = balance.add_reports(seen, self.model(*part, step=step).reports)
+        window.add(seen or [])
+        window.complete()
+
+    def _settle(self, loss: Tensor, reports: list[Report], targets: Tensor, tokens: Tensor, lr: float) -> StepResult:
+        """Clip, step and update the routers, or, on every rank alike, skip; all figures travel in one vector."""
+        gradients = self.gradients()
+        squares = sum((_squares(g) for g in self.counted(gradients)), torch.zeros_like(loss))
+        figures = sum_ranks(balance.pack(torch.stack([loss, squares]), reports)).cpu()
+        counts = torch.stack([targets, tokens]).cpu()
+        norm = figures[1].sqrt()
+        totals = balance.unpack(figures[2:], reports)
+        applied = math.isfinite(figures[0]) and math.isfinite(norm)
+        if applied:
+            if self.clip is not None and norm > self.clip:
+                torch._foreach_mul_(gradients, self.clip / norm.item())
+            self.optimizers.step(lr)
+            self.publish()
+            balance.update(self.routers, totals, self.mesh.device)
+        means = [report._replace(loss=report.loss / counts[1]) for report in totals]
+        auxiliary = sum((report.loss for report in means), torch.zeros_like(norm))
+        return StepResult(figures[0] / counts[0], auxiliary, norm, applied, int(counts[1]), means)
+
+    def _counts(self, batch: Any) -> Tensor:
+        """Targets and valid tokens of the global batch."""
+        counts = torch.stack([_targets(batch), batch.ids.new_tensor(batch.ids.numel())])
+        return sum_ranks(counts).clamp(min=1)
+
+    def _here(self, batch: Any) -> Any:
+        return type(batch)(*(tensor.to(self.mesh.device, non_blocking=True) for tensor in batch))
+
+    def _cut(self, batch: Any) -> list[Any]:
+        rows = len(batch.ids)
+        if rows % self.accumulate:
+            raise ConfigError(
+                f"{rows} sequences a rank do not split into {self.accumulate} micro-batches; "
+                f"choose train.accumulate={math.gcd(rows, self.accumulate)}"
+            )
+        return [type(batch)(*part) for part in zip(*(tensor.chunk(self.accumulate) for tensor in batch), strict=True)]
+
+
+def _targets(batch: Any) -> Tensor:
+    return (batch.targets >= 0).sum()
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    """Sum of squares in float64 of sums over short rows: float32 over a long row is wrong in the third digit on a CPU."""
+    flat = gradient.reshape(-1)
+    rows, rest = flat[: len(flat) // _ROW * _ROW].view(-1, _ROW), flat[len(flat) // _ROW * _ROW :]
+    norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest)[None]])
+    return norms.double().square().sum()
+
+
+def _fill(name: str, target: Tensor, source: Tensor) -> None:
+    if target.shape != source.shape:
+        raise CheckpointError(f"{name} has shape {tuple(source.shape)} in the state and {tuple(target.shape)} in the model")
+    if isinstance(target, DTensor):
+        if not isinstance(source, DTensor):
+            source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(source)
+    elif target is not source:
+        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

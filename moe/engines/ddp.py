@@ -1,0 +1,114 @@
+"""Every rank holds the whole model; gradients are summed in buckets while backward still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from moe.engines.base import Engine
+from moe.model.transformer import initial_value
+
+_BUCKET_BYTES = 25 * 2**20
+_ALIGN = 16  # elements: a gradient begins where vector instructions and grouped products like it
+
+
+class DDP(Engine):
+    """Data parallel with buckets of its own instead of torch's DistributedDataParallel.
+
+    That one averages and sums in the parameters' dtype; here gradients are summed, in float32 under bfloat16, and the sum
+    over ranks of a bucket starts when its last gradient of the window is ready.
+    """
+
+    def place(self) -> dict[str, Tensor]:
+        model = self.model.to(self.master).to_empty(device=self.mesh.device)
+        for buffer in model.buffers():
+            buffer.zero_()
+        masters: dict[str, Tensor] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        for name, p in model.named_parameters():
+            first = initial_value(name, p.shape, model.settings, self.seed, self.master).to(p.device)
+            if self.compute == self.master or name in self.of_routers:
+                p.data, masters[name] = first, p
+            else:
+                p.data, masters[name] = first.to(self.compute), first
+                self.copies.append((p, first))
+        self.buckets = _buckets([(p, masters[name]) for name, p in reversed(list(model.named_parameters()))])
+        self.last = False
+        for bucket in self.buckets:
+            for p, master in bucket.pairs:
+                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, master))
+        return masters
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self.last = last and self.mesh.world > 1
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.pairs)
+        self.started = 0
+        yield
+        self.last = False
+        if last and self.mesh.world > 1:
+            self._start(everything=True)
+            for bucket in self.buckets:
+                bucket.work.wait()
+
+    def gradients(self) -> list[Tensor]:
+        return [bucket.sum for bucket in self.buckets]
+
+    def counted(self, gradients: list[Tensor]) -> list[Tensor]:
+        return gradients[self.mesh.rank :: self.mesh.world]
+
+    def clear(self) -> None:
+        for bucket in self.buckets:
+            bucket.sum.zero_()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self.copies:
+            torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
+
+    def _arrived(self, bucket: Bucket, master: Tensor, p: Tensor) -> None:
+        if p is not master:
+            master.grad.add_(p.grad)
+            p.grad = None
+        if self.last:
+            bucket.missing -= 1
+            self._start()
+
+    def _start(self, everything: bool = False) -> None:
+        # in the buckets' order, whatever the order of their gradients: it must be the same on all ranks
+        for bucket in self.buckets[self.started :]:
+            if bucket.missing and not everything:
+                return
+            bucket.work = dist.all_reduce(bucket.sum, async_op=True)
+            self.started += 1
+
+
+class Bucket:
+    """A stretch of memory in which the gradients of some parameters lie one after the other."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+        room = [-(-master.numel() // _ALIGN) * _ALIGN for _, master in pairs]
+        self.sum = torch.zeros(sum(room), dtype=pairs[0][1].dtype, device=pairs[0][1].device)
+        for (_, master), piece in zip(pairs, self.sum.split(room), strict=True):
+            master.grad = piece[: master.numel()].view_as(master)
+        self.missing = 0
+        self.work: dist.Work
+
+
+def _buckets(pairs: list[tuple[Tensor, Tensor]]) -> list[Bucket]:
+    """Buckets of about `_BUCKET_BYTES` over pairs of (what the model uses, what the optimizer moves)."""
+    buckets, open_pairs, size = [], [], 0
+    for pair in pairs:
+        open_pairs.append(pair)
+        size += pair[1].numel() * pair[1].element_size()
+        if size >= _BUCKET_BYTES:
+            buckets.append(Bucket(open_pairs))
+            open_pairs, size = [], 0
+    return buckets + ([Bucket(open_pairs)] if open_pairs else [])

@@ -1,0 +1,98 @@
+"""Parameters, gradients and moments are cut over ranks; a block's weights are whole only while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from moe.engines.base import Engine
+from moe.errors import ConfigError
+from moe.model.experts import Experts
+from moe.model.transformer import initial_value
+
+
+class FSDP2(Engine):
+    """Torch's fully_shard around every block and the whole, summing gradients instead of averaging them.
+
+    Under bfloat16 weights travel in bfloat16 and gradients in float32; routers are gathered by themselves in float32.
+    """
+
+    def place(self) -> dict[str, Tensor]:
+        world, replicas = self.mesh.world, self.mesh.replicas
+        kind = self.mesh.device.type
+        if replicas > 1:
+            mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+            self.counts = mesh.get_local_rank("replicate") == 0
+        else:
+            mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+            self.counts = True
+        model: Any = self.model.to(self.master)
+        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+        mixed = exact
+        if self.compute != self.master:
+            mixed = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.master, cast_forward_inputs=False)
+            for router in self.routers:
+                if next(router.parameters(), None) is not None:
+                    fully_shard(router, mesh=mesh, mp_policy=exact)
+        dims = _expert_dims(model, mesh.size(mesh.ndim - 1))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=lambda p: dims.get(p))
+        fully_shard(model, mesh=mesh, mp_policy=mixed)
+        model.set_gradient_divide_factor(1.0)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+        model.to_empty(device=self.mesh.device)
+        for buffer in model.buffers():
+            buffer.zero_()
+        return {name: self._begin(name, p) for name, p in model.named_parameters()}
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        yield
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
+
+    def counted(self, gradients: list[Tensor]) -> list[Tensor]:
+        return gradients if self.counts else []
+
+    def clear(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def _begin(self, name: str, p: Tensor) -> Tensor:
+        assert isinstance(p, DTensor)
+        whole = initial_value(name, p.shape, self.model.settings, self.seed, self.master)
+        p.copy_(distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None))
+        return p
+
+
+def _expert_dims(model: nn.Module, shards: int) -> dict[nn.Parameter, Shard]:
+    """Along what each stack of experts is cut: whole experts where they share out evenly, else every expert's width.
+
+    Cutting along the width needs one more copy a gather.
+    """
+    dims = {}
+    for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        count, width = experts.down.shape[0], experts.down.shape[2]
+        dim = 0 if count % shards == 0 else 2
+        if count % shards and width % shards:
+            fit = [s for s in range(1, shards) if count % s == 0 or width % s == 0]
+            raise ConfigError(
+                f"{count} experts of width {width} cannot be cut over {shards} ranks; choose model.moe.d_expert="
+                f"{-(-width // shards) * shards}, or so many ranks or parallel.replicas that {', '.join(map(str, fit))} ranks share a copy"
+            )
+        dims |= {experts.up: Shard(dim), experts.down: Shard(dim)}
+    return dims

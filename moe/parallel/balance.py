@@ -1,0 +1,86 @@
+"""After a step: total the reports over ranks and the accumulation window, and let the routers learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from moe.model.moe_layer import Report
+from moe.parallel.collectives import sum_ranks
+from moe.routers.base import Router
+
+
+class Window:
+    """The loads of one global batch that its routers have seen so far, over all ranks.
+
+    Entered for a step of several micro-batches; outside it every call is a window of its own.
+    """
+
+    def __init__(self, routers: Sequence[Router], group: dist.ProcessGroup | None = None) -> None:
+        self.routers, self.group = routers, group
+        self.loads: list[Tensor] | None = None
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for router in self.routers:
+            router.window, router.window_complete = None, False
+
+    def add(self, reports: Sequence[Report]) -> None:
+        """Count a micro-batch that was run, and show the sum to the routers."""
+        if not reports:
+            return
+        loads = sum_ranks(torch.cat([report.load for report in reports]), self.group).split([len(report.load) for report in reports])
+        self.loads = list(loads) if self.loads is None else [a + b for a, b in zip(self.loads, loads, strict=True)]
+        for router, load in zip(self.routers, self.loads, strict=True):
+            router.window = load
+
+    def complete(self) -> None:
+        """Say that the window was run ahead: what the routers see is the whole of it."""
+        for router in self.routers:
+            router.window_complete = True
+
+
+def add_reports(sums: Sequence[Report] | None, reports: Sequence[Report]) -> list[Report]:
+    """The figures of a micro-batch added to those of the ones before it, layer by layer."""
+    plain = [Report(r.loss.detach().double(), r.load, {key: value.detach() for key, value in r.stats.items()}) for r in reports]
+    if sums is None:
+        return plain
+    return [
+        Report(a.loss + b.loss, a.load + b.load, {key: a.stats[key] + b.stats[key] for key in a.stats})
+        for a, b in zip(sums, plain, strict=True)
+    ]
+
+
+def pack(figures: Tensor, reports: Sequence[Report]) -> Tensor:
+    """Some figures and everything in some reports as one float64 vector, which holds counts exactly up to 2^53."""
+    values = [figures, *(value for report in reports for value in _values(report))]
+    return torch.cat([value.detach().double().reshape(-1) for value in values])
+
+
+def unpack(vector: Tensor, like: Sequence[Report]) -> list[Report]:
+    """The reports that `pack` made a vector of; counts become integers again, everything else is float64."""
+    reports, start = [], 0
+    for report in like:
+        values = []
+        for value in _values(report):
+            piece = vector[start : start + value.numel()].reshape(value.shape)
+            values.append(piece if value.is_floating_point() else piece.round().to(torch.int64))
+            start += value.numel()
+        reports.append(Report(values[0], values[1], dict(zip(sorted(report.stats), values[2:], strict=True))))
+    return reports
+
+
+@torch.no_grad()
+def update(routers: Sequence[Router], reports: Sequence[Report], device: torch.device) -> None:
+    """Let each router learn from a global batch that was applied; `reports` are totals over ranks and the window."""
+    for router, report in zip(routers, reports, strict=True):
+        router.update(report.load.to(device), int(report.stats["tokens"]))
+
+
+def _values(report: Report) -> list[Tensor]:
+    return [report.loss, report.load, *(report.stats[key] for key in sorted(report.stats))]
