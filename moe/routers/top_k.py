@@ -103,7 +103,7 @@ class TopK(Router):
 
         The mean is taken out of the move: the selection does not see a constant, but float32 would, once it has grown.
         """
-        if self.bias is None:
+        if self.bias is None or self.bias_rate is None:
             return
         sign = torch.sign(load.sum() - load * self.num_experts).to(self.bias)
         self.bias += self.bias_rate * (sign - sign.mean())
@@ -178,6 +178,9 @@ class TopK(Router):
             raise ConfigError(
                 f"k={k} experts do not fit into {self.groups_kept} kept groups with {room}; choose a larger router.groups_kept"
             )
+        for option in ("balance_loss", "z_loss", "bias_rate"):
+            if (getattr(self, option) or 0) < 0:
+                raise ConfigError(f"{option}={getattr(self, option)} would work against balance; choose router.{option} of at least 0")
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"jitter={self.jitter} would turn inputs around; choose router.jitter from 0 up to, but not including, 1")
 
