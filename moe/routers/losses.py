@@ -16,8 +16,9 @@ def balance(load: Int[Tensor, "*s E"], probability: Float[Tensor, "*s E"]) -> Fl
 
     Linear in `probability`: from its mean over tokens comes the mean loss, from its sum the loss summed over tokens.
     """
+    load = load.to(probability.dtype)
     share = load / load.sum(-1, keepdim=True).clamp(min=1)
-    return load.shape[-1] * (share.to(probability.dtype) * probability).sum(-1)
+    return load.shape[-1] * (share * probability).sum(-1)
 
 
 def z(logits: Float[Tensor, "t E"]) -> Float[Tensor, " t"]:

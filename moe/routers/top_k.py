@@ -101,12 +101,12 @@ class TopK(Router):
     def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
         """Raise the bias of experts below the mean load, lower it above (Wang et al., 2024).
 
-        The mean is taken out of the move: the selection does not see a constant, but float32 would, once it has grown.
+        The bias is kept around zero: the selection does not see a constant, but float32 would, once it has grown.
         """
-        if self.bias is None or self.bias_rate is None:
+        if self.bias is None or not self.bias_rate:
             return
-        sign = torch.sign(load.sum() - load * self.num_experts).to(self.bias)
-        self.bias += self.bias_rate * (sign - sign.mean())
+        self.bias += self.bias_rate * torch.sign(load.sum() - load * self.num_experts)
+        self.bias -= self.bias.mean()
 
     def _select(self, logits: Tensor, log_score: Tensor) -> Int[Tensor, "t k"]:
         if self.bias is None and self.groups == 1:

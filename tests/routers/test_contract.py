@@ -1,0 +1,365 @@
+"""What every router promises; parametrised over the table, so a new row is tested the moment it exists."""
+
+from __future__ import annotations
+
+import itertools
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from moe.routers import ROUTERS, Router, Routing, Tokens, build
+
+D = 16
+# Options that a router's branches need to be seen with; a router without an entry is tested with its defaults.
+EXAMPLES: dict[str, list[dict]] = {
+    "top_k": [
+        {},
+        {"k": 1, "normalize": "none", "balance_scope": "micro", "z_loss": 0.01, "jitter": 2.0**-6},
+        {"k": 3, "score": "sigmoid", "bias_rate": 0.01, "scale": 2.5, "groups": 2, "balance_scope": "sequence", "balance_loss": 1e-2},
+        {"k": 2, "score": "sigmoid", "normalize": "none", "groups": 2, "groups_kept": 2, "group_score": "best", "z_loss": 0.1},
+    ],
+}
+# What switches a router's auxiliary losses off, and the coefficients to double.
+COEFFICIENTS = {"top_k": ("balance_loss", "z_loss")}
+CASES = [pytest.param(name, options, id=f"{name}-{i}") for name in ROUTERS for i, options in enumerate(EXAMPLES.get(name, [{}]))]
+every = pytest.mark.parametrize(("name", "options"), CASES)
+# A loss whose loads are counted over the call is another loss for another split.
+splittable = pytest.mark.parametrize(("name", "options"), [case for case in CASES if case.values[1].get("balance_scope") != "micro"])
+
+
+def make(name: str, options: dict, experts: int = 6, dtype: torch.dtype = torch.float64) -> Router:
+    """A router whose state is dyadic and away from zero, so that sums are exact in float64 in any order."""
+    router = build({"name": name, **options}, D, experts).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in router.state_dict().values():
+            tensor.copy_(torch.randint(-31, 32, tensor.shape, generator=generator) / 32)
+    return router
+
+
+def make_tokens(t: int, dtype: torch.dtype = torch.float64, padded: int = 0) -> tuple[torch.Tensor, Tokens]:
+    generator = torch.Generator().manual_seed(t)
+    x = (torch.randint(-31, 32, (t, D), generator=generator) / 32).to(dtype)
+    valid = torch.ones(t, dtype=torch.bool)
+    valid[torch.randperm(t, generator=generator)[:padded]] = False
+    return x, Tokens(torch.arange(t) % 11, torch.arange(t) // 5, torch.arange(t) + 40, valid, 3)
+
+
+def rows(tokens: Tokens, part) -> Tokens:
+    return Tokens(tokens.id[part], tokens.sequence[part] - tokens.sequence[part][:1], tokens.index[part], tokens.valid[part], tokens.step)
+
+
+def table(routing: Routing, tokens: int, experts: int) -> torch.Tensor:
+    """Summed weight of each token and expert, drops in a last column: a routing without the order of its rows."""
+    out = torch.zeros(tokens, experts + 1, dtype=routing.weight.dtype)
+    return out.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
+
+
+@every
+@pytest.mark.parametrize(("t", "experts"), [(0, 6), (1, 6), (13, 6), (13, 10)])
+def test_assignments_are_valid_at_any_size(name, options, t, experts):
+    router = make(name, options, experts)
+    x, tokens = make_tokens(t)
+    routing = router(x.requires_grad_(), tokens)
+    assert routing.token.shape == routing.expert.shape == routing.weight.shape
+    assert ((routing.token >= 0) & (routing.token < max(t, 1))).all()
+    assert ((routing.expert >= 0) & (routing.expert <= experts)).all()
+    assert routing.weight.isfinite().all()
+    assert routing.loss.shape == ()
+    assert routing.loss.isfinite()
+    if routing.fan_out is not None:
+        assert torch.equal(routing.token, torch.arange(t).repeat_interleave(routing.fan_out))
+    pairs = routing.token * (experts + 1) + routing.expert
+    assert len(pairs.unique()) == len(pairs), "a token has an expert twice"
+    assert routing.load(experts).sum() == (routing.expert < experts).sum()
+    for value in routing.stats.values():
+        assert value.isfinite().all()
+        assert not value.requires_grad
+    (routing.weight.sum() + routing.loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in router.parameters())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_one_expert_and_all_experts(name):
+    x, tokens = make_tokens(9)
+    for options, experts in [({"k": 1}, 1), ({"k": 7}, 7)]:
+        routing = make(name, options, experts)(x, tokens)
+        assert torch.equal(routing.load(experts), torch.full((experts,), 9))
+        torch.testing.assert_close(table(routing, 9, experts).sum(1), torch.ones(9, dtype=torch.float64))
+
+
+@every
+def test_extreme_logits_stay_finite(name, options):
+    router = make(name, options, dtype=torch.float32)
+    x, tokens = make_tokens(13, torch.float32)
+    for scale in (1e4, -1e4):
+        router.zero_grad()
+        routing = router(x * scale, tokens)
+        (routing.weight.sum() + routing.loss).backward()
+        assert routing.weight.isfinite().all()
+        assert routing.loss.isfinite()
+        assert all(value.isfinite().all() for value in routing.stats.values())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in router.parameters())
+
+
+@every
+def test_a_nan_is_never_routed_silently(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(13)
+    x[4, 2] = torch.nan
+    routing = router(x, tokens)
+    assert ((routing.expert >= 0) & (routing.expert <= 6)).all()
+    assert routing.weight[routing.token == 4].isnan().any()
+    assert routing.weight[routing.token != 4].isfinite().all()
+
+
+@every
+def test_decisions_are_float32_under_bfloat16_and_autocast(name, options):
+    router = make(name, options, dtype=torch.bfloat16)
+    x, tokens = make_tokens(13, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(x, tokens)
+    exact = make(name, options, dtype=torch.float32)
+    exact.load_state_dict(router.state_dict())
+    expected = exact(x.float(), tokens)
+    assert routing.weight.dtype == routing.loss.dtype == torch.float32
+    assert torch.equal(routing.expert, expected.expert)
+    assert torch.equal(routing.weight, expected.weight)
+    assert torch.equal(routing.loss, expected.loss)
+
+
+@every
+def test_permuted_tokens_get_permuted_routing(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(20, padded=4)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    straight, permuted = router(x, tokens), router(x[order], Tokens(*(a[order] for a in tokens[:4]), tokens.step))
+    assert torch.equal(table(straight, 20, 6)[order], table(permuted, 20, 6))
+    torch.testing.assert_close(straight.loss, permuted.loss, rtol=1e-12, atol=0)
+
+
+@every
+def test_relabelled_experts_get_relabelled_assignments(name, options):
+    router, relabelled = make(name, options), make(name, options)
+    order = torch.arange(6).roll(3)  # moves whole groups
+    with torch.no_grad():
+        for tensor in relabelled.state_dict().values():
+            for dim in [i for i, size in enumerate(tensor.shape) if size == 6]:
+                tensor.copy_(tensor.index_select(dim, order))
+    x, tokens = make_tokens(20)
+    a, b = router(x, tokens), relabelled(x, tokens)
+    torch.testing.assert_close(table(a, 20, 6)[:, order], table(b, 20, 6)[:, :6], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
+
+
+@every
+@pytest.mark.parametrize("cut", [5, 15, 25])
+def test_any_split_into_calls_gives_the_same_routing_bitwise(name, options, cut):
+    router = make(name, options)
+    x, tokens = make_tokens(30, padded=3)
+    whole = table(router(x, tokens), 30, 6)
+    parts = [slice(0, cut), slice(cut, 30)]
+    split = [table(router(x[p], rows(tokens, p)), len(x[p]), 6) for p in parts]
+    assert torch.equal(whole, torch.cat(split))
+
+
+@every
+def test_padding_has_no_part_in_anything(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(20, padded=6)
+    other = torch.where(tokens.valid[:, None], x, 100.0)
+    a, b = router(x, tokens), router(other, tokens)
+    assert tokens.valid[a.token[a.expert < 6]].all()
+    assert (a.weight[~tokens.valid[a.token]] == 0).all()
+    assert torch.equal(a.expert, b.expert)
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.loss, b.loss)
+    assert all(torch.equal(a.stats[key], b.stats[key]) for key in a.stats)
+    alone = router(x[tokens.valid], Tokens(*(v[tokens.valid] for v in tokens[:4]), tokens.step))
+    assert torch.equal(a.load(6), alone.load(6))
+    torch.testing.assert_close(a.loss, alone.loss, rtol=1e-12, atol=0)
+    for key in a.stats:
+        torch.testing.assert_close(a.stats[key], alone.stats[key], rtol=1e-12, atol=1e-14)
+
+
+@every
+def test_a_call_of_nothing_but_padding_costs_nothing(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(8, padded=8)
+    routing = router(x, tokens)
+    (routing.weight.sum() + routing.loss).backward()
+    assert routing.load(6).sum() == 0
+    assert routing.loss == 0
+    assert all((p.grad == 0).all() for p in router.parameters())
+
+
+@every
+def test_state_survives_a_round_trip(name, options):
+    router, fresh = make(name, options), build({"name": name, **options}, D, 6).double()
+    router.update(torch.arange(6), 15)
+    fresh.load_state_dict(router.state_dict(), strict=True)
+    x, tokens = make_tokens(20)
+    a, b = router(x, tokens), fresh(x, tokens)
+    assert torch.equal(a.expert, b.expert)
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.loss, b.loss)
+
+
+@every
+def test_only_update_learns_and_recomputation_repeats_the_decision(name, options):
+    router = make(name, options)
+    before = {key: value.clone() for key, value in router.state_dict().items()}
+    x, tokens = make_tokens(20)
+    x.requires_grad_()
+
+    def run(x):
+        routing = router(x, tokens)
+        return table(routing, 20, 6).square().sum() + routing.loss
+
+    plain = torch.autograd.grad(run(x), [x, *router.parameters()])
+    for reentrant in (False, True):
+        router.zero_grad()
+        x.grad = None
+        checkpoint(run, x, use_reentrant=reentrant).backward()
+        recomputed = [x.grad, *(p.grad for p in router.parameters())]
+        assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    router.eval()(x, tokens)
+    assert all(torch.equal(value, before[key]) for key, value in router.state_dict().items())
+
+
+@every
+def test_evaluation_has_no_auxiliary_loss_and_sums_over_no_ranks(name, options):
+    router = make(name, options).eval()
+    router.total = lambda x: pytest.fail("a rank that generates alone would wait for the others for ever")
+    assert router(*make_tokens(20)).loss == 0
+
+
+@every
+def test_coefficients_scale_the_auxiliary_gradient(name, options):
+    coefficients = {key: options.get(key, 0.01) for key in COEFFICIENTS.get(name, ())}
+    gradients = []
+    for factor in (0, 1, 2):
+        router = make(name, {**options, **{key: factor * value for key, value in coefficients.items()}})
+        loss = router(*make_tokens(20)).loss + 0 * sum(p.sum() for p in router.parameters())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(router.parameters()))]))
+    none, once, twice = gradients
+    assert (none == 0).all()
+    if coefficients:
+        assert once.norm() > 1e-6
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=0)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Collects the operators that would make the host wait for a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "unique_", "equal.default", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        masked = name.startswith(("index.", "index_put")) and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or name.startswith(self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@every
+def test_nothing_waits_for_the_device(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(20, padded=3)
+    with Synchronisations() as seen:
+        routing = router(x, tokens)
+        (routing.weight.sum() + routing.loss).backward()
+        router.update(routing.load(6), 17)
+    assert seen.found == []
+    with Synchronisations() as seen:
+        x[tokens.valid].sum().item()
+    assert len(seen.found) == 2, "the detector is blind"
+
+
+def on_ranks(router: Router, calls: list[tuple[torch.Tensor, Tokens]]) -> list[Routing]:
+    """Each call on a rank of its own: `total` waits for all of them and returns the live sum, gradient included."""
+    world = len(calls)
+    barrier, slots, out = Barrier(world), [None] * world, [None] * world
+
+    def body(rank: int) -> None:
+        local = build_like(router)
+        local.window, local.window_complete = router.window, router.window_complete
+
+        def total(x):
+            slots[rank] = x
+            barrier.wait(10)
+            result = sum(slots)
+            barrier.wait(10)
+            return result
+
+        local.total = total
+        try:
+            out[rank] = local(*calls[rank])
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [Thread(target=body, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert all(o is not None for o in out)
+    return out
+
+
+def build_like(router: Router) -> Router:
+    """A shallow copy that shares parameters and buffers, but not the seams."""
+    twin = object.__new__(type(router))
+    twin.__dict__.update(router.__dict__)
+    return twin
+
+
+def gradient(router: Router, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(router.parameters()), allow_unused=False)])
+
+
+@splittable
+@pytest.mark.parametrize("cuts", [[15], [5, 25], [0, 10, 20]])  # at sequences' ends; one rank without tokens
+def test_auxiliary_loss_is_the_same_on_any_number_of_ranks(name, options, cuts):
+    router = make(name, options)
+    x, tokens = make_tokens(30, padded=4)
+    whole = router(x, tokens).loss
+    edges = [0, *cuts, 30]
+    calls = [(x[a:b], rows(tokens, slice(a, b))) for a, b in itertools.pairwise(edges)]
+    split = sum(routing.loss for routing in on_ranks(router, calls))
+    torch.testing.assert_close(split, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(router, split), gradient(router, whole), rtol=1e-11, atol=1e-13)
+
+
+@splittable
+def test_auxiliary_loss_is_the_same_for_any_accumulation_once_the_window_is_known(name, options):
+    router = make(name, options)
+    x, tokens = make_tokens(30, padded=4)
+    routing = router(x, tokens)
+    router.window, router.window_complete = routing.load(6), True
+    losses = []
+    for a, b in itertools.pairwise([0, 5, 20, 30]):  # each micro-batch on two ranks
+        middle = (a + b + 9) // 10 * 5
+        calls = [(x[i:j], rows(tokens, slice(i, j))) for i, j in ((a, middle), (middle, b))]
+        losses += [r.loss for r in on_ranks(router, calls)]
+    torch.testing.assert_close(sum(losses), routing.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(router, sum(losses)), gradient(router, routing.loss), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+@every
+def test_compiles_whole(name, options):
+    router = make(name, options, dtype=torch.float32)
+    x, tokens = make_tokens(20, torch.float32, padded=3)
+    expected, compiled = router(x, tokens), torch.compile(router, fullgraph=True)(x, tokens)
+    assert torch.equal(compiled.expert, expected.expert)
+    torch.testing.assert_close(compiled.weight, expected.weight)
+    torch.testing.assert_close(compiled.loss, expected.loss)
