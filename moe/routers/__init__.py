@@ -5,13 +5,12 @@ To add one: a file with a `Router` subclass, a line here, and a test of its own 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 from typing import Any
 
 from moe.errors import ConfigError
 from moe.routers.base import Router, Routing, Tokens
+from moe.tables import entry, nearest
 
 __all__ = ["ROUTERS", "Router", "Routing", "Tokens", "build"]
 
@@ -23,21 +22,12 @@ ROUTERS = {
 def build(router: str | dict[str, Any], d_model: int, num_experts: int) -> Router:
     """The router that a name, or a dictionary {name, options…} as in a recipe, describes."""
     options = {"name": router} if isinstance(router, str) else dict(router)
-    name = options.pop("name", None)
-    if name not in ROUTERS:
-        raise ConfigError(f"there is no router {name!r}{_nearest(str(name), ROUTERS)}; choose from {', '.join(ROUTERS)}")
-    module, cls = ROUTERS[name].split(":")
-    make = getattr(importlib.import_module(module), cls)
+    make = entry(ROUTERS, str(options.pop("name", "")), "router")
     allowed = {p.name: p.default for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in allowed:
-            raise ConfigError(f"router {name} has no option {option!r}{_nearest(option, allowed)}; choose from {', '.join(allowed)}")
+            raise ConfigError(f"{make.__name__} has no option {option!r}; {nearest(option, allowed)}")
     missing = [option for option, default in allowed.items() if default is inspect.Parameter.empty and option not in options]
     if missing:
-        raise ConfigError(f"router {name} needs {', '.join(missing)}; add router.{missing[0]}=…")
+        raise ConfigError(f"{make.__name__} needs {', '.join(missing)}; add router.{missing[0]}=…")
     return make(d_model, num_experts, **options)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -31,7 +31,7 @@ class TopK(Router):
         step. 0 keeps the bias as it is; None has none. It combines with the losses (DeepSeek-V3: "sequence", 1e-4).
 
     Padding gets expert E, weight 0, and no part in loss, statistics or load. The losses are zero outside of training.
-    A non-finite logit gives a non-finite weight, so that the loss shows it on every rank; nothing waits for the device.
+    A NaN logit gives a NaN weight, so that the step's loss shows it to every rank; nothing raises or waits for the device here.
     """
 
     bias: Tensor | None

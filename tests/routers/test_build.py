@@ -23,10 +23,10 @@ def test_build_takes_a_name_or_a_dictionary_and_leaves_it_alone():
 @pytest.mark.parametrize(
     ("router", "said"),
     [
-        ("topk", "did you mean 'top_k'"),
+        ("topk", "did you mean top_k"),
         ({"name": "banana"}, "choose from top_k"),
-        ({"k": 2}, "no router None"),
-        ({"name": "top_k", "normalise": "none"}, "did you mean 'normalize'"),
+        ({"k": 2}, "unknown router ''; choose from top_k"),
+        ({"name": "top_k", "normalise": "none"}, "did you mean normalize"),
         ({"name": "top_k", "k": 9}, "k from 1 to 6"),
         ({"name": "top_k", "k": 0}, "k from 1 to 6"),
         ({"name": "top_k", "k": 1}, "gradient is exactly zero"),

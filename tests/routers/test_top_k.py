@@ -180,8 +180,9 @@ def test_equal_scores_go_to_the_lowest_expert(dtype):
     assert router(x, Tokens.of(x)).expert.view(5, 3).tolist() == [[0, 1, 2]] * 5
 
 
-def test_saturated_scores_still_rank_by_their_logits():
-    router = build({"name": "top_k", "k": 1, "normalize": "none", "score": "sigmoid"}, E, E)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_saturated_scores_still_rank_by_their_logits(groups):
+    router = build({"name": "top_k", "k": 1, "normalize": "none", "score": "sigmoid", "groups": groups, "groups_kept": groups}, E, E)
     router.weight.data.copy_(torch.eye(E))
     x = torch.full((1, E), 100.0).index_fill_(1, torch.tensor([5]), 200.0)
     assert router(x, Tokens.of(x)).expert.tolist() == [5]
