@@ -76,7 +76,8 @@ class Engine(ABC):
         self.run_ahead = balance_window == "exact" and accumulate > 1
         self.routers = model.routers()
         self.of_routers = {f"{path}.{name}" for path, m in model.named_modules() if m in self.routers for name, _ in m.named_parameters()}
-        parallelize(model, recompute=engine.recompute, compile=engine.compile)
+        parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
+        self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
         hidden = [name for name in self.parameters if name.startswith("blocks.")]
         self.optimizers = Optimizers(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
@@ -100,9 +101,6 @@ class Engine(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Forget the gradients."""
-
-    def publish(self) -> None:
-        """Show the model what the optimizer, or a checkpoint, did to the parameters."""
 
     def step(self, batch: Any, step: int, lr: float) -> StepResult:
         """Learn from the global batch of which `batch` holds this rank's rows."""
@@ -158,7 +156,12 @@ class Engine(ABC):
         for name, tensor in own.items():
             _fill(name, tensor, state[name])
         self.optimizers.resume(int(state["optimizer.step"]))
-        self.publish()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        if self.copies:
+            torch._foreach_copy_([copy for copy, _ in self.copies], [original for _, original in self.copies])
 
     def _learned(self) -> dict[str, Tensor]:
         persistent = self.model.state_dict()
@@ -186,7 +189,7 @@ class Engine(ABC):
             if self.clip is not None and norm > self.clip:
                 torch._foreach_mul_(gradients, self.clip / norm.item())
             self.optimizers.step(lr)
-            self.publish()
+            self._publish()
             balance.update(self.routers, totals, self.mesh.device)
         means = [report._replace(loss=report.loss / counts[1]) for report in totals]
         auxiliary = sum((report.loss for report in means), torch.zeros_like(norm))
@@ -223,11 +226,13 @@ def _squares(gradient: Tensor) -> Tensor:
 
 
 def _fill(name: str, target: Tensor, source: Tensor) -> None:
+    if target is source:
+        return
     if target.shape != source.shape:
         raise CheckpointError(f"{name} has shape {tuple(source.shape)} in the state and {tuple(target.shape)} in the model")
     if isinstance(target, DTensor):
         if not isinstance(source, DTensor):
             source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
         target.copy_(source)
-    elif target is not source:
+    else:
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from moe.engines.base import Engine
-from moe.model.transformer import initial_value
+from moe.model.initialise import initial_value
 
 _BUCKET_BYTES = 25 * 2**20
 _ALIGN = 16  # elements: a gradient begins where vector instructions and grouped products like it
@@ -29,7 +29,6 @@ class DDP(Engine):
         for buffer in model.buffers():
             buffer.zero_()
         masters: dict[str, Tensor] = {}
-        self.copies: list[tuple[Tensor, Tensor]] = []
         for name, p in model.named_parameters():
             first = initial_value(name, p.shape, model.settings, self.seed, self.master).to(p.device)
             if self.compute == self.master or name in self.of_routers:
@@ -66,11 +65,6 @@ class DDP(Engine):
     def clear(self) -> None:
         for bucket in self.buckets:
             bucket.sum.zero_()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        if self.copies:
-            torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
 
     def _arrived(self, bucket: Bucket, master: Tensor, p: Tensor) -> None:
         if p is not master:

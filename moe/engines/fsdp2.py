@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.engines.base import Engine
 from moe.errors import ConfigError
 from moe.model.experts import Experts
-from moe.model.transformer import initial_value
+from moe.model.initialise import initial_value
 
 
 class FSDP2(Engine):
@@ -25,31 +26,14 @@ class FSDP2(Engine):
     """
 
     def place(self) -> dict[str, Tensor]:
-        world, replicas = self.mesh.world, self.mesh.replicas
-        kind = self.mesh.device.type
-        if replicas > 1:
-            mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-            self.counts = mesh.get_local_rank("replicate") == 0
-        else:
-            mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-            self.counts = True
+        mesh = self.mesh.dense()
+        self.counts = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
         model: Any = self.model.to(self.master)
-        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-        mixed = exact
-        if self.compute != self.master:
-            mixed = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.master, cast_forward_inputs=False)
-            for router in self.routers:
-                if next(router.parameters(), None) is not None:
-                    fully_shard(router, mesh=mesh, mp_policy=exact)
-        dims = _expert_dims(model, mesh.size(mesh.ndim - 1))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=lambda p: dims.get(p))
-        fully_shard(model, mesh=mesh, mp_policy=mixed)
-        model.set_gradient_divide_factor(1.0)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+        self._wrap(model, mesh, _expert_dims(model, mesh.size(mesh.ndim - 1)))
+        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for unit in self.units:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
         model.to_empty(device=self.mesh.device)
         for buffer in model.buffers():
             buffer.zero_()
@@ -71,6 +55,24 @@ class FSDP2(Engine):
         for p in self.parameters.values():
             p.grad = None
 
+    def load_canonical(self, state: dict[str, Tensor]) -> None:
+        super().load_canonical(state)
+        for unit in self.units:
+            unit.reshard()  # an evaluation may have left whole copies of the old values
+
+    def _wrap(self, model: Any, mesh: DeviceMesh, dims: dict[nn.Parameter, Shard]) -> None:
+        policy = exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.compute != self.master:
+            policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.master, cast_forward_inputs=False)
+            # the warning is about writing into a routing in place, and a dispatcher only reads it
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            for router in self.routers:
+                if next(router.parameters(), None) is not None:
+                    fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=dims.get)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
     @torch.no_grad()
     def _begin(self, name: str, p: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
@@ -89,10 +91,10 @@ def _expert_dims(model: nn.Module, shards: int) -> dict[nn.Parameter, Shard]:
         count, width = experts.down.shape[0], experts.down.shape[2]
         dim = 0 if count % shards == 0 else 2
         if count % shards and width % shards:
-            fit = [s for s in range(1, shards) if count % s == 0 or width % s == 0]
+            fit = ", ".join(str(s) for s in range(1, shards) if count % s == 0 or width % s == 0)
             raise ConfigError(
                 f"{count} experts of width {width} cannot be cut over {shards} ranks; choose model.moe.d_expert="
-                f"{-(-width // shards) * shards}, or so many ranks or parallel.replicas that {', '.join(map(str, fit))} ranks share a copy"
+                f"{-(-width // shards) * shards}, or ranks / parallel.replicas from {fit}"
             )
         dims |= {experts.up: Shard(dim), experts.down: Shard(dim)}
     return dims

@@ -1,0 +1,38 @@
+"""What `parallelize` changes of a model, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from moe.model.attention import Attention
+from moe.parallel.apply import parallelize
+from tests.engines.tiny_job import mesh, model
+from tests.workers import run_ranks
+
+
+def totals(rank, world):
+    built = model()
+    parallelize(built, mesh(), recompute="full", compile=False)
+    found = [router.total(torch.ones(2)).tolist() for router in built.routers()]
+    return found, [block.recompute for block in built.blocks], list(built.state_dict())
+
+
+def test_routers_sum_over_ranks_and_blocks_recompute():
+    for world in (1, 2):
+        for found, recompute, names in run_ranks(world, totals):
+            assert found == [[world, world]] * 2
+            assert recompute == [True, True]
+            assert names == list(model().state_dict())
+
+
+def compiled(rank, world):
+    built = model()
+    parallelize(built, mesh(), recompute="none", compile=True)
+    return {type(m).__name__ for m in built.modules() if m._compiled_call_impl is not None}, list(built.state_dict())
+
+
+def test_compilation_takes_attention_and_renames_nothing():
+    kinds, names = run_ranks(1, compiled)[0]
+    assert Attention.__name__ in kinds
+    assert "TopK" not in kinds
+    assert names == list(model().state_dict())
