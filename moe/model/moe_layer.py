@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moe.model.dispatch import Dispatcher, LocalDispatcher
 from moe.model.experts import Activation, Experts
+from moe.model.layers import FeedForward
 from moe.routers import build
-from moe.routers.base import Router, Tokens
+from moe.routers.base import Router, Routing, Tokens
 from moe.shapes import Float, Int
 
 
@@ -24,7 +26,9 @@ class Report(NamedTuple):
 class MoELayer(nn.Module):
     """Routed experts beside optional shared ones.
 
-    `router` is a `Router`, or a dictionary {name, options…} as in a recipe.
+    router: a `Router`, its name, or a dictionary {name, options…} as in a recipe.
+    d_shared: width of the shared experts, which every token passes; `shared_gate` puts a sigmoid gate on their
+        output (Qwen2-MoE).
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class MoELayer(nn.Module):
         activation: Activation = "silu",
         gated: bool = True,
         d_shared: int = 0,
+        shared_gate: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -44,15 +49,26 @@ class MoELayer(nn.Module):
         self.router = router if isinstance(router, Router) else build(router, d_model, experts)
         self.dispatcher: Dispatcher = LocalDispatcher(experts)
         self.experts = Experts(d_model, experts, d_expert, activation=activation, gated=gated, backend=backend)
+        for weight in self.experts.parameters():
+            nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)
         self.shared = FeedForward(d_model, d_shared, activation=activation, gated=gated) if d_shared else None
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens | None = None) -> tuple[Float[Tensor, "t d"], Report]:
         tokens = Tokens.of(x) if tokens is None else tokens
         routing = self.router(x, tokens)
+        return self.compute(x, routing), self.report(routing, tokens)
+
+    def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
         rows, ticket = self.dispatcher.dispatch(x, routing)
         y = self.experts(rows)
         out = self.dispatcher.combine(y, ticket)
-        if self.shared is not None:
-            out = out + self.shared(x)
-        stats = {**routing.stats, "tokens": tokens.valid.sum()}
-        return out, Report(routing.loss, routing.load(self.num_experts), stats)
+        if self.shared is None:
+            return out
+        shared = self.shared(x)
+        return out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+
+    def report(self, routing: Routing, tokens: Tokens) -> Report:
+        """What the routing cost and did."""
+        return Report(routing.loss, routing.load(self.num_experts), {**routing.stats, "tokens": tokens.valid.sum()})

@@ -51,7 +51,7 @@ class Model(Settings):
     context: int = Field(2048, gt=0)  # longest sequence the positions are meant for
     rope: Rope = Rope()
     norm_eps: float = Field(1e-5, gt=0)
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"  # over each head (Qwen3), or over all heads at once (OLMoE)
     attention_bias: bool = False
     window: int | None = Field(None, gt=0)  # sliding attention window; null for none
     tied_embeddings: bool = False

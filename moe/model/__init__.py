@@ -1,0 +1,1 @@
+"""ONE DEVICE: plain torch modules that know of no other rank."""

@@ -1,0 +1,179 @@
+"""A decoder-only transformer whose feed-forward layers are dense or mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.model.attention import Attention, Cache, Context, attention_mask
+from moe.model.initialise import initial_value, stream
+from moe.model.layers import FeedForward, RMSNorm, Rotary
+from moe.model.loss import IGNORE, cross_entropy, logits
+from moe.model.moe_layer import MoELayer, Report
+from moe.model.settings import Model
+from moe.routers.base import Router, Tokens
+from moe.shapes import Float, Int
+
+
+class Output(NamedTuple):
+    """What a call of the model returns."""
+
+    loss: Float[Tensor, ""]  # summed cross-entropy over the targets that are predicted, in nats and float64
+    reports: list[Report]  # one a sparse layer
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, settings: Model, sparse: bool) -> None:
+        super().__init__()
+        d, moe = settings.d_model, settings.moe
+        # Whether activations are computed again in the backward pass instead of kept.
+        self.recompute = False
+        self.attention_norm = RMSNorm(d, eps=settings.norm_eps)
+        self.attention = Attention(
+            d,
+            settings.heads,
+            kv_heads=settings.kv_heads or settings.heads,
+            head_dim=settings.head_dim or d // settings.heads,
+            bias=settings.attention_bias,
+            qk_norm=settings.qk_norm,
+            norm_eps=settings.norm_eps,
+        )
+        self.mlp_norm = RMSNorm(d, eps=settings.norm_eps)
+        if moe is None or not sparse:
+            self.mlp, self.moe = FeedForward(d, settings.d_ff, activation=settings.activation), None
+            return
+        self.mlp, self.moe = (
+            None,
+            MoELayer(
+                d,
+                experts=moe.experts,
+                d_expert=moe.d_expert,
+                router=moe.router,
+                activation=settings.activation,
+                d_shared=moe.d_shared,
+                shared_gate=moe.shared_gate,
+                backend=moe.backend,
+            ),
+        )
+
+    def forward(self, x: Float[Tensor, "b s d"], context: Context, cache: Cache | None = None) -> tuple[Tensor, Report | None]:
+        x = x + self._run(self._attend, x, context, cache)
+        if self.moe is None:
+            return x + self._run(self._feed_forward, x), None
+        # norm and router lie between the recomputed regions: a decision is taken once, and cannot come out differently
+        h = self.mlp_norm(x).flatten(0, 1)
+        routing = self.moe.router(h, context.tokens)
+        out = self._run(self.moe.compute, h, routing)
+        return x + out.view_as(x), self.moe.report(routing, context.tokens)
+
+    def _attend(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        return self.attention(self.attention_norm(x), context, cache)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        assert self.mlp is not None
+        return self.mlp(self.mlp_norm(x))
+
+    def _run(self, region: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=False)
+        return region(*args)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm and head.
+
+    Layer l is sparse if l >= first_dense and (l - first_dense + 1) is a multiple of `every`.
+    Built on the meta device it is a shape, to be allocated and filled with `initial_value`; elsewhere it starts with those
+    values. document_mask: attention stays within documents.
+    """
+
+    def __init__(self, settings: Model, vocab: int, *, seed: int = 0, document_mask: bool = False) -> None:
+        super().__init__()
+        self.settings, self.vocab, self.document_mask = settings, vocab, document_mask
+        self.embed = nn.Embedding(vocab, settings.d_model)
+        self.layers = nn.ModuleList(Block(settings, sparse) for sparse in sparse_layers(settings))
+        self.norm = RMSNorm(settings.d_model, eps=settings.norm_eps)
+        self.head = None if settings.tied_embeddings else nn.Linear(settings.d_model, vocab, bias=False)
+        self.rotary = Rotary(settings.head_dim or settings.d_model // settings.heads, **settings.rope.model_dump())
+        for path, module in self.named_modules():
+            if isinstance(module, Router):
+                module.stream = stream(seed, path)
+        if not self.embed.weight.is_meta:
+            self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Set every parameter to its first value."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, self.settings, seed))
+
+    def forward(
+        self,
+        ids: Int[Tensor, "b s"],
+        targets: Int[Tensor, "b s"],
+        document: Int[Tensor, "b s"],
+        position: Int[Tensor, "b s"],
+        index: Int[Tensor, "b s"],
+        *,
+        step: int = 0,
+    ) -> Output:
+        """Loss of a batch; `document` is -1 on padding, which is neither routed nor counted."""
+        valid = (document >= 0) | (targets != IGNORE)
+        documents = document if self.document_mask else None
+        mask = attention_mask(ids.shape[1], ids.shape[1], ids.device, window=self.settings.window, document=documents)
+        hidden, reports = self._hidden(ids, position, mask, _tokens(ids, index, valid, step))
+        loss = cross_entropy(hidden.flatten(0, 1), self.unembedding, targets.flatten())
+        return Output(loss, reports)
+
+    def predict(self, ids: Int[Tensor, "b s"], caches: list[Cache] | None = None, *, last: int = 1) -> Float[Tensor, "b last v"]:
+        """Logits of the token after each of the `last` positions; `caches` hold, one a layer, what came before `ids`."""
+        b, s = ids.shape
+        start = caches[0].length if caches else 0
+        position = torch.arange(start, start + s, device=ids.device).expand(b, s)
+        index = torch.arange(b * s, device=ids.device).view(b, s)
+        tokens = _tokens(ids, index, torch.ones_like(ids, dtype=torch.bool), step=0)
+        mask = attention_mask(s, start + s, ids.device, window=self.settings.window)
+        hidden, _ = self._hidden(ids, position, mask, tokens, caches)
+        return logits(hidden[:, -last:], self.unembedding)
+
+    @property
+    def unembedding(self) -> Float[Tensor, "v d"]:
+        """The head's weight, which is the embedding's where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def routers(self) -> dict[int, Router]:
+        """The router of each sparse layer, in the order of the reports."""
+        blocks: Any = self.layers
+        return {layer: block.moe.router for layer, block in enumerate(blocks) if block.moe is not None}
+
+    def _hidden(
+        self, ids: Tensor, position: Tensor, mask: Any, tokens: Tokens, caches: list[Cache] | None = None
+    ) -> tuple[Float[Tensor, "b s d"], list[Report]]:
+        x = self.embed(ids)
+        context = Context(*self.rotary(position, x.dtype), mask, tokens)
+        reports = []
+        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x, report = block(x, context, cache)
+            if report is not None:
+                reports.append(report)
+        return self.norm(x), reports
+
+
+def sparse_layers(settings: Model) -> list[bool]:
+    """Whether each layer is a mixture of experts."""
+    moe = settings.moe
+    if moe is None:
+        return [False] * settings.layers
+    return [layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0 for layer in range(settings.layers)]
+
+
+def _tokens(ids: Tensor, index: Tensor, valid: Tensor, step: int) -> Tokens:
+    b, s = ids.shape
+    sequence = torch.arange(b, device=ids.device)[:, None].expand(b, s)
+    return Tokens(*(t.flatten() for t in (ids, sequence, index, valid)), step=step)
