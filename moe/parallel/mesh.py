@@ -1,0 +1,207 @@
+"""The ranks of a job: who this one is, its device, and the groups through which ranks agree.
+
+A process group always exists, so no caller asks whether it is alone: one process is a world of one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe import errors
+from moe.errors import ConfigError, MoeError
+from moe.parallel.layout import Layout
+
+ROLL_CALL_SECONDS = 5  # what a rank may take to answer after a collective has failed
+_ordinal = itertools.count()  # of first_does calls in this process: their keys in the store
+_roll_call: Any = None  # process-wide like torch's default group: the error path has no Mesh at hand
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among all ranks."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    replicas: int
+    timeout: timedelta
+    control: Any  # a process group, gloo on every device; None alone
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
+        return self.rank == 0
+
+    def dense(self) -> DeviceMesh:
+        """The device mesh of parameters: ("shard",), or ("replicate", "shard") with several replicas."""
+        names, shape = ("replicate", "shard"), (self.replicas, self.world // self.replicas)
+        if self.replicas == 1:
+            names, shape = names[1:], shape[1:]
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        for name in names:
+            _prepare(mesh.get_group(name), self.timeout, self.device)
+        return mesh
+
+    def agree(self, flag: int) -> int:
+        """The largest flag of all ranks, on every rank; through the host, so it does not wait for a GPU's queue."""
+        if self.world == 1:
+            return int(flag)
+        x = torch.tensor(int(flag), dtype=torch.int64)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.control)
+        return int(x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x over ranks, on every rank, as a new tensor without a gradient."""
+        x = x.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(x, group=self.control if x.device.type == "cpu" else None)
+        return x
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Each rank's bytes, by rank, on every rank; lengths may differ."""
+        if self.world == 1:
+            return [data]
+        longest = self.agree(len(data))
+        mine = torch.zeros(8 + longest, dtype=torch.uint8)
+        mine[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+        mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(everyone, mine, group=self.control)
+        rows = [bytes(row.numpy()) for row in everyone]
+        return [row[8 : 8 + int.from_bytes(row[:8], "little")] for row in rows]
+
+    def first_does(self, action: Callable[[], object]) -> None:
+        """Run `action` on the first rank while the others wait, however long; its error is raised on all of them."""
+        if self.world == 1:
+            action()
+            return
+        store, key = dist.distributed_c10d._get_default_store(), f"moe/first/{next(_ordinal)}"
+        if self.first:
+            try:
+                action()
+            except BaseException as error:
+                store.set(key, json.dumps([type(error).__name__, str(error)]))
+                raise
+            store.set(key, "null")
+            return
+        pause = 0.005
+        while not store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        if failure := json.loads(store.get(key)):
+            raise _same_error(*failure)
+
+
+def start(layout: Layout) -> Mesh:
+    """Join the job that the environment describes (torchrun's variables), or be a world of one rank.
+
+    A process group that exists already is adopted. Every group gets layout.timeout and has exchanged a message on return.
+    """
+    global _roll_call
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device, timeout = _device(layout, local_rank), timedelta(seconds=layout.timeout)
+    if not dist.is_initialized():
+        _init(device, timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    control = None
+    if world > 1:
+        _prepare(None, timeout, device)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        _prepare(control, timeout, torch.device("cpu"))
+        # a group of its own: after a timeout the pairs of the failed group are unusable
+        _roll_call = dist.new_group(backend="gloo", timeout=timeout)
+        dist.monitored_barrier(_roll_call, timeout=timeout)
+    return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control)
+
+
+def roll_call() -> str:
+    """Who does not answer, in words, after a collective has failed; takes up to ROLL_CALL_SECONDS."""
+    if _roll_call is None:
+        return "no roll was called"
+    try:
+        dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
+    except RuntimeError as error:
+        named = re.search(r"Ranks ([\d, ]+) failed", str(error))
+        if named:
+            return f"no answer from rank {named[1]} within {ROLL_CALL_SECONDS} s"
+        return "the first rank cannot say who is missing" if dist.get_rank() == 0 else "rank 0 does not answer, or knows who does not"
+    return "every rank answers"
+
+
+def _same_error(name: str, message: str) -> Exception:
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, MoeError):
+        return kind(message)
+    return RuntimeError(f"rank 0 failed: {name}: {message}")
+
+
+def _device(layout: Layout, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if layout.device != "cpu" else 0
+    if layout.device == "cpu" or (layout.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise ConfigError("parallel.device=cuda, but torch sees no GPU here; use parallel.device=cpu or auto")
+    if local_rank >= count:
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU, {count} are visible; start {count} ranks or use parallel.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init(device: torch.device, timeout: timedelta) -> None:
+    """Make the default group: gloo, and NCCL beside it for the tensors of a GPU."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # one machine: nothing listens beyond it
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=_store(rank, world, timeout),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device if gpu else None,
+    )
+
+
+def _store(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Where ranks find each other."""
+    if world == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # the agent's store outlives a restart and still holds the addresses of the dead; the prefix hides them
+        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+    port, listener = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        bound = socket.create_server(("127.0.0.1", port), backlog=max(128, world))
+        listener = bound.detach()
+    return dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listener)
+
+
+def _prepare(group: Any, timeout: timedelta, device: torch.device) -> None:
+    """Give a group the job's timeout, and connect its pairs now: gloo would do it in the first collective."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    dist.all_reduce(torch.ones(1, device=device), group=group)
