@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moe.engines import settings
 from moe.engines.optimizer import Optimizers
 from moe.errors import CheckpointError, ConfigError
+from moe.model.loss import IGNORE
 from moe.model.moe_layer import Report
 from moe.model.transformer import Transformer
 from moe.parallel import balance
@@ -74,12 +75,12 @@ class Engine(ABC):
         self.master = torch.float32 if self.compute == torch.bfloat16 else self.compute
         self.accumulate, self.clip = accumulate, clip
         self.run_ahead = balance_window == "exact" and accumulate > 1
-        self.routers = model.routers()
+        self.routers = list(model.routers().values())
         self.of_routers = {f"{path}.{name}" for path, m in model.named_modules() if m in self.routers for name, _ in m.named_parameters()}
         parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
         self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
-        hidden = [name for name in self.parameters if name.startswith("blocks.")]
+        hidden = [name for name in self.parameters if name.startswith("layers.")]
         self.optimizers = Optimizers(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
 
     @abstractmethod
@@ -197,7 +198,8 @@ class Engine(ABC):
 
     def _counts(self, batch: Any) -> Tensor:
         """Targets and valid tokens of the global batch."""
-        counts = torch.stack([_targets(batch), batch.ids.new_tensor(batch.ids.numel())])
+        routed = (batch.document >= 0) | (batch.targets != IGNORE)
+        counts = torch.stack([_targets(batch), routed.sum()])
         return sum_ranks(counts).clamp(min=1)
 
     def _here(self, batch: Any) -> Any:
@@ -214,7 +216,7 @@ class Engine(ABC):
 
 
 def _targets(batch: Any) -> Tensor:
-    return (batch.targets >= 0).sum()
+    return (batch.targets != IGNORE).sum()
 
 
 def _squares(gradient: Tensor) -> Tensor:

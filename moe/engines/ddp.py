@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class DDP(Engine):
         self.buckets = _buckets([(p, masters[name]) for name, p in reversed(list(model.named_parameters()))])
         self.last = False
         for bucket in self.buckets:
-            for p, master in bucket.pairs:
-                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, master))
+            for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
+                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, total if p is not master else None))
         return masters
 
     @contextmanager
@@ -66,9 +67,10 @@ class DDP(Engine):
         for bucket in self.buckets:
             bucket.sum.zero_()
 
-    def _arrived(self, bucket: Bucket, master: Tensor, p: Tensor) -> None:
-        if p is not master:
-            master.grad.add_(p.grad)
+    def _arrived(self, bucket: Bucket, total: Tensor | None, p: Tensor) -> None:
+        """A gradient is ready; it lies in its bucket already, or has to be added to `total` there."""
+        if total is not None and p.grad is not None:
+            total += p.grad
             p.grad = None
         if self.last:
             bucket.missing -= 1
@@ -90,10 +92,11 @@ class Bucket:
         self.pairs = pairs
         room = [-(-master.numel() // _ALIGN) * _ALIGN for _, master in pairs]
         self.sum = torch.zeros(sum(room), dtype=pairs[0][1].dtype, device=pairs[0][1].device)
-        for (_, master), piece in zip(pairs, self.sum.split(room), strict=True):
-            master.grad = piece[: master.numel()].view_as(master)
+        self.pieces = [piece[: master.numel()].view_as(master) for (_, master), piece in zip(pairs, self.sum.split(room), strict=True)]
+        for (_, master), piece in zip(pairs, self.pieces, strict=True):
+            master.grad = piece
         self.missing = 0
-        self.work: dist.Work
+        self.work: Any = None
 
 
 def _buckets(pairs: list[tuple[Tensor, Tensor]]) -> list[Bucket]:

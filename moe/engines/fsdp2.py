@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.engines.base import Engine
@@ -41,12 +41,13 @@ class FSDP2(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(last)
-        self.model.set_is_last_backward(last)
+        root: Any = self.model
+        root.set_requires_gradient_sync(last)
+        root.set_is_last_backward(last)
         yield
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
+        return [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
 
     def counted(self, gradients: list[Tensor]) -> list[Tensor]:
         return gradients if self.counts else []
@@ -69,9 +70,10 @@ class FSDP2(Engine):
             for router in self.routers:
                 if next(router.parameters(), None) is not None:
                     fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
-        for block in model.blocks:
+        for block in model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=dims.get)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "predict")
 
     @torch.no_grad()
     def _begin(self, name: str, p: Tensor) -> Tensor:

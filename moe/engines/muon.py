@@ -43,13 +43,13 @@ class StackedMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._move(p, **group)
+                    self._move(p, p.grad, **group)
 
-    def _move(self, p: Tensor, *, lr: float, momentum: float, weight_decay: float, **_: Any) -> None:
+    def _move(self, p: Tensor, grad: Tensor, *, lr: float, momentum: float, weight_decay: float, **_: Any) -> None:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        direction = p.grad.lerp(average, momentum).flatten(0, -3)  # Nesterov: one step further along the average
+        average = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = grad.lerp(average, momentum).flatten(0, -3)  # Nesterov: one step further along the average
         p.mul_(1 - lr * weight_decay)
         p.add_(orthogonalise(direction).reshape(p.shape), alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))

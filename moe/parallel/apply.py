@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import distributed as dist
 
@@ -21,10 +22,11 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     """
     if mesh.world > 1:
         # a group of its own: the order of its sums among those of the gradients then does not matter
-        group = dist.new_group(timeout=mesh.timeout)
-        for router in model.routers():
+        group: Any = dist.new_group(timeout=mesh.timeout)
+        for router in model.routers().values():
             router.total = partial(total_over_ranks, group=group)
-    for block in model.blocks:
+    blocks: Any = model.layers
+    for block in blocks:
         block.recompute = recompute == "full"
         if compile:
             for part in block.modules():

@@ -7,6 +7,9 @@ import itertools
 import pytest
 import torch
 
+from moe.engines import ddp
+from moe.model.generate import generate
+from moe.model.settings import Moe
 from tests.engines.tiny_job import ROUTER, batch, difference, engine, same, train, whole
 from tests.workers import run_ranks
 
@@ -82,6 +85,36 @@ def test_balance_over_sequences_and_the_global_batch_does_not_depend_on_ranks():
     assert difference(two["sequence"], alone["sequence"]) < 1e-12
     assert difference(two["global"], alone["global"]) < 1e-12
     assert difference(two["micro"], alone["micro"]) > 1e-4  # a micro-batch is what a rank holds: it must differ
+
+
+def other_shapes(rank, world):
+    """A dense model with tied embeddings, one of dense and sparse layers, and gradients that travel in many buckets."""
+    dense = {"moe": None, "tied_embeddings": True}
+    mixed = {"moe": Moe(experts=4, d_expert=16, every=2, d_shared=16, shared_gate=True, backend="reference"), "qk_norm": "head"}
+    runs = [train(engine(name, **shape), range(3), 1e-2) for name in ("ddp", "fsdp2") for shape in (dense, mixed)]
+    ddp._BUCKET_BYTES = 4000
+    job = engine("ddp", accumulate=2)
+    assert len(job.buckets) > 5
+    return [*runs, train(job, range(3), 1e-2)]
+
+
+def test_dense_tied_and_mixed_models_and_many_buckets_do_not_depend_on_ranks():
+    for two, alone in zip(run_ranks(2, other_shapes)[0], run_ranks(1, other_shapes)[0], strict=True):
+        assert difference(two, alone) < 1e-12
+
+
+def predicted(rank, world, name):
+    job = engine(name)
+    job.step(batch(0, rank, world), 0, 1e-2)
+    with torch.no_grad():
+        return generate(job.model, batch(5).ids[:1], 6, temperature=0), job.model.predict(batch(5).ids)
+
+
+def test_a_sharded_model_predicts_like_a_whole_one():
+    tokens, scores = run_ranks(1, predicted, "ddp")[0]
+    for other_tokens, other_scores in run_ranks(2, predicted, "fsdp2"):
+        assert torch.equal(other_tokens, tokens)
+        torch.testing.assert_close(other_scores, scores, rtol=1e-10, atol=1e-12)
 
 
 def replicated(rank, world):

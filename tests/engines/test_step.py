@@ -92,7 +92,7 @@ def test_evaluation_sums_over_ranks():
     assert two[0] == pytest.approx(alone[0], rel=1e-12)
     assert two[1] == alone[1] == (batch(0).targets >= 0).sum()
     assert torch.equal(two[2], alone[2])
-    assert two[3] == alone[3] == batch(0).ids.numel()
+    assert two[3] == alone[3] == (batch(0).document >= 0).sum()
     assert two[0] == other[0]
 
 
@@ -120,12 +120,12 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_cuts_to_it():
 
 
 def low_precision(rank, world):
-    runs = {}
+    runs, smooth = {}, {"init_std": 0.1}  # few near-ties, which bfloat16 would decide otherwise
     for name in ENGINES:
         for accumulate in (1, 4):
-            job = engine(name, dtype="bfloat16", accumulate=accumulate)
+            job = engine(name, dtype="bfloat16", accumulate=accumulate, **smooth)
             runs[name, accumulate] = train(job, range(8), 3e-3)
-    runs["float32"] = train(engine(dtype="float32"), range(8), 3e-3)
+    runs["float32"] = train(engine(dtype="float32", **smooth), range(8), 3e-3)
     return runs
 
 
@@ -135,18 +135,33 @@ def test_bfloat16_stays_close_to_float32_with_float32_masters():
     for run in runs.values():
         assert all(t.dtype == torch.float32 for n, t in run.state.items() if n != "optimizer.step")
         for (loss, _, norm), (true_loss, _, true_norm) in zip(run.figures, exact.figures, strict=True):
-            assert loss == pytest.approx(true_loss, rel=1e-2)
-            assert norm == pytest.approx(true_norm, rel=0.2)
+            assert loss == pytest.approx(true_loss, rel=2e-3)
+            assert norm == pytest.approx(true_norm, rel=2e-2)
     for accumulate in (1, 4):  # the same arithmetic, wherever parameters live
         for a, b in zip(runs["ddp", accumulate].figures, runs["fsdp2", accumulate].figures, strict=True):
-            assert a == pytest.approx(b, rel=1e-2)
+            assert a == pytest.approx(b, rel=2e-3)
+
+
+def small_steps(rank, world):
+    moves = []
+    for name in ENGINES:
+        job = engine(name, dtype="bfloat16")
+        before = whole(job.canonical_state())["model.embed.weight"]
+        job.step(batch(0, rank, world), 0, 1e-5)
+        moves.append((whole(job.canonical_state())["model.embed.weight"] - before).abs())
+    return moves
+
+
+def test_a_step_too_small_for_bfloat16_is_not_lost():
+    for moved in run_ranks(2, small_steps)[0]:
+        assert moved.median() == pytest.approx(1e-5, rel=0.1)
 
 
 def router_dtypes(rank, world):
     seen = set()
     for name in ENGINES:
         job = engine(name, dtype="bfloat16")
-        for module in [*job.routers, job.model.blocks[0]]:
+        for module in [*job.routers, job.model.layers[0]]:
             module.register_forward_pre_hook(lambda m, args: seen.add((type(m).__name__[-5:], next(m.parameters()).dtype)))
         job.step(batch(0, rank, world), 0, 1e-3)
     return {dtype for kind, dtype in seen if kind.endswith("TopK")}

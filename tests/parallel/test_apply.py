@@ -13,8 +13,8 @@ from tests.workers import run_ranks
 def totals(rank, world):
     built = model()
     parallelize(built, mesh(), recompute="full", compile=False)
-    found = [router.total(torch.ones(2)).tolist() for router in built.routers()]
-    return found, [block.recompute for block in built.blocks], list(built.state_dict())
+    found = [router.total(torch.ones(2)).tolist() for router in built.routers().values()]
+    return found, [block.recompute for block in built.layers], list(built.state_dict())
 
 
 def test_routers_sum_over_ranks_and_blocks_recompute():

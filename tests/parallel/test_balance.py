@@ -86,7 +86,7 @@ def losses(rank, world, accumulate, balance_window):
 
 def by_hand(parts, seen):
     """E * sum f P a micro-batch, with the loads that each one saw."""
-    tokens = batch(0).ids.numel()
+    tokens = (batch(0).document >= 0).sum()
     total = sum(EXPERTS * (load.double() / load.sum() * probability).sum() for load, (_, probability) in zip(seen, parts, strict=True))
     return (total / tokens).item()
 
