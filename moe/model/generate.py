@@ -43,7 +43,7 @@ def sample(
     """One token of each row of logits."""
     if temperature == 0:
         return scores.argmax(-1, keepdim=True)
-    probability, token = (scores / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probability, token = (scores / temperature).softmax(-1).sort(stable=True, descending=True)
     # a token is kept if those before it have less than top_p: the first always is
     probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0)
     device = scores.device if generator is None else generator.device
