@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Corpus(NamedTuple):
         return "\n".join(_describe(part) for part in self.parts)
 
 
-def prepare(sources: Sequence[Any], tokenizer: str, folder: str | Path, *, validation: float = 0.05) -> Corpus:
+def prepare(sources: Sequence[Source | str | Mapping[str, Any]], tokenizer: str, folder: str | Path, *, validation: float = 0.05) -> Corpus:
     """Make `folder` the corpus of these sources, unless it already is; for one rank, the others then open it.
 
     Text is tokenised into the folder; token files stay where they are. What the folder holds is what is trained on, even if
@@ -164,10 +164,10 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         index_files(source, tokenizer, folder)
 
 
-def _asked(source: Any) -> Any:
+def _asked(source: Source | str | Mapping[str, Any]) -> Any:
     if isinstance(source, Source):
         return {"name": source.name, "what": source.describe(), "weight": source.weight, "hold_out": source.hold_out}
-    return source if isinstance(source, str | dict) else source.model_dump()
+    return source if isinstance(source, str) else dict(source)
 
 
 def _label(sources: Sequence[Source], number: int) -> str:

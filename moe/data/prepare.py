@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moe.data.formats import Integer, find
 from moe.data.shards import Shard, TokenSet, file_digest, open_tokens, write_index
-from moe.data.sources import TextSource, TokenFiles, build
+from moe.data.sources import Source, TextSource, TokenFiles, build
 from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.errors import ConfigError, DataError, MoeError, NoSpace
 
@@ -31,7 +31,9 @@ _PIECE_TOKENS = 2**16  # a "document" of token files that mark none
 Advance = Callable[[int], object]  # called with bytes, or tokens, done
 
 
-def tokenize(sources: Sequence[Any], out: str | Path, tokenizer: str = "bytes", *, shard_tokens: int = SHARD_TOKENS) -> TokenSet:
+def tokenize(
+    sources: Sequence[Source | str | Mapping[str, Any]], out: str | Path, tokenizer: str = "bytes", *, shard_tokens: int = SHARD_TOKENS
+) -> TokenSet:
     """Tokenise text sources into the new folder `out`, which a `tokens` source reads; `out` appears when it is whole.
 
     A source is a name, a dictionary {name, options…} or a Source.

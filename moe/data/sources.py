@@ -229,11 +229,11 @@ class TokenFiles(Source):
         return f"{_first([file for file, _ in self.files])} ({forms})"
 
 
-def build(source: Source | str | Mapping[str, Any] | Any) -> Source:
-    """The source that a name, a dictionary {name, options…} or a recipe's section describes."""
+def build(source: Source | str | Mapping[str, Any]) -> Source:
+    """The source that a name, or a dictionary {name, options…} as in a recipe, describes."""
     if isinstance(source, Source):
         return source
-    options = {"name": source} if isinstance(source, str) else dict(source if isinstance(source, Mapping) else source.model_dump())
+    options = {"name": source} if isinstance(source, str) else dict(source)
     name = options.pop("name", None)
     make = entry(SOURCES, str(name), "source")
     allowed = inspect.signature(make).parameters
