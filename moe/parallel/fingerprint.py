@@ -39,9 +39,7 @@ def check_agreement(mesh: Mesh, facts: Mapping[str, str]) -> None:
         if len(holders) > 1:
             differing.append(f"{key} is " + " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    raise RankMismatch(
-        f"ranks disagree: {'; '.join(differing[:_SHOWN])}{more}; start every rank with the same files, arguments and versions"
-    )
+    raise RankMismatch(f"ranks disagree: {'; '.join(differing[:_SHOWN])}{more}; give every rank the same files, arguments and versions")
 
 
 def environment() -> dict[str, str]:

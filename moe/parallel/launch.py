@@ -160,7 +160,9 @@ def _agent(command: list[str], nproc: int, restarts: int, folder: Path) -> Any:
         def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = SAVE_SECONDS) -> None:
             super()._shutdown(death_sig if death_sig == signal.SIGKILL else signal.SIGTERM, timeout)
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said here, once
+    for name in logging.root.manager.loggerDict:  # what it has to say is said here, once
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     parameters = RendezvousParameters("c10d", str(folder / "rendezvous"), "moe", 1, 1, local_addr="127.0.0.1", store_type="file")
     spec = WorkerSpec(
         role="moe",
