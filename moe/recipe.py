@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from moe.config import Choice, Settings
+from moe.config import Choice, Settings, wrong
 from moe.data.sources import SOURCES
 from moe.engines.settings import Engine, Optimizer, Schedule
-from moe.model.settings import Model
+from moe.errors import ConfigError
+from moe.model.settings import Model, near_divisors
 from moe.parallel.layout import Layout
 
 
@@ -23,48 +24,74 @@ class Data(Settings):
     """What is read, and how it is cut."""
 
     tokenizer: str = "bytes"  # or the path of a tokenizer.json
-    sources: list[Choice(SOURCES)] = Field([{"name": "stdlib"}], min_length=1)  # each with an optional weight
-    sequence: int = Field(256, gt=0)  # positions in a training sequence
+    sources: list[Choice(SOURCES, "source")] = Field(default=["stdlib"], min_length=1)
+    sequence: PositiveInt = 256  # positions in a training sequence
     document_mask: bool = False  # attention and positions start anew at document boundaries
-    validation: float = Field(0.05, gt=0, lt=1)  # share of documents held out, by the hash of their text
+    validation: float = Field(default=0.05, gt=0, lt=1)  # share of documents held out, by the hash of their text
 
 
 class Train(Settings):
     """How long, how much at once, and in which arithmetic."""
 
-    steps: int = Field(1000, gt=0)
-    batch: int = Field(16, gt=0)  # sequences per step over all ranks
-    accumulate: int = Field(1, gt=0)  # micro-batches that a rank's share of the batch is cut into
-    seed: int = Field(0, ge=0)
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 16  # sequences per step over all ranks
+    accumulate: PositiveInt = 1  # micro-batches that a rank's share of the batch is cut into
+    seed: NonNegativeInt = 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: float32 masters beneath
-    clip: float | None = Field(1.0, gt=0)  # global gradient norm; null for no clipping
+    clip: PositiveFloat | None = 1.0  # global gradient norm; null for no clipping
     balance_window: Literal["running", "exact"] = "running"  # what a global balance loss sees of an accumulation window
-    skip_limit: int = Field(10, gt=0)  # non-finite steps in a row before the run stops
-    restarts: int = Field(0, ge=0)  # times torchrun starts all ranks again after one died
+    skip_limit: PositiveInt = 10  # non-finite steps in a row before the run stops
+    restarts: NonNegativeInt = 0  # times --nproc starts all ranks again after one died
+
+    def idle(self) -> dict[str, str]:
+        return {"balance_window": "with train.accumulate=1"} if self.accumulate == 1 else {}
+
+    @model_validator(mode="after")
+    def _accumulate_divides(self) -> Train:
+        if self.batch % self.accumulate:
+            raise wrong(
+                "accumulate",
+                f"train.accumulate={self.accumulate} does not divide train.batch={self.batch}; "
+                f"choose train.accumulate={near_divisors(self.batch, self.accumulate)}",
+            )
+        return self
 
 
 class Checkpoint(Settings):
     """When to save, and what to keep."""
 
-    every: int = Field(500, gt=0)  # steps
-    keep: int = Field(3, ge=2)  # newest ones
-    durable_every: int | None = Field(None, gt=0)  # steps; these are never removed
+    every: PositiveInt = 500  # steps
+    keep: int = Field(default=3, ge=2)  # newest ones
+    durable_every: PositiveInt | None = None  # steps; these are never removed
     mode: Literal["blocking", "background"] = "background"
+
+    @model_validator(mode="after")
+    def _durable_is_saved(self) -> Checkpoint:
+        if self.durable_every is not None and self.durable_every % self.every:
+            raise wrong(
+                "durable_every",
+                f"checkpoint.durable_every={self.durable_every} is not a multiple of checkpoint.every={self.every}, so that no "
+                f"checkpoint is there to keep; choose {(self.durable_every // self.every + 1) * self.every}",
+            )
+        return self
 
 
 class Evaluate(Settings):
     """Held-out loss and samples."""
 
-    every: int = Field(250, gt=0)  # steps; always at the end as well
-    sequences: int = Field(64, gt=0)
+    every: PositiveInt = 250  # steps; always at the end as well
+    sequences: PositiveInt = 64
     prompt: str = "def "
-    sample_tokens: int = Field(200, ge=0)
+    sample_tokens: NonNegativeInt = 200  # 0 for no sample
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.sample_tokens else {"prompt": "with evaluate.sample_tokens=0"}
 
 
 class Log(Settings):
     """Where figures go beside metrics.jsonl."""
 
-    every: int = Field(10, gt=0)  # steps
+    every: PositiveInt = 10  # steps
     tensorboard: bool = False
     wandb_project: str | None = None
 
@@ -72,14 +99,42 @@ class Log(Settings):
 class Recipe(Settings):
     """Everything that determines a run."""
 
-    run: Run = Run()
-    model: Model = Model()
-    data: Data = Data()
-    train: Train = Train()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    engine: Engine = Engine()
-    parallel: Layout = Layout()
-    checkpoint: Checkpoint = Checkpoint()
-    evaluate: Evaluate = Evaluate()
-    log: Log = Log()
+    run: Run = Field(default_factory=Run)
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    train: Train = Field(default_factory=Train)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    engine: Engine = Field(default_factory=Engine)
+    parallel: Layout = Field(default_factory=Layout)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    log: Log = Field(default_factory=Log)
+
+    def idle(self) -> dict[str, str]:
+        idle: dict[str, str] = {}
+        if self.engine.name != "fsdp2":
+            idle["parallel.replicas"] = f"with engine.name={self.engine.name}"
+        if self.model.moe is None:
+            idle |= dict.fromkeys(("optimizer.decay_router", "train.balance_window"), "in a dense model (model.moe=null)")
+        return idle
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        sequence, context = self.data.sequence, self.model.context
+        if sequence > context:
+            raise wrong(
+                "data.sequence",
+                f"data.sequence={sequence} is longer than model.context={context}; choose at most {context}, or raise model.context",
+            )
+        if self.optimizer.name == "muon" and self.engine.name == "fsdp2":
+            raise wrong(
+                "optimizer.name",
+                "optimizer.name=muon needs whole matrices, and engine.name=fsdp2 cuts them; choose engine.name=ddp or optimizer.name=adamw",
+            )
+        if self.parallel.ranks is not None:
+            try:
+                self.parallel.check(self.parallel.ranks, self.train.batch, self.train.accumulate)
+            except ConfigError as error:
+                raise wrong("parallel.ranks", str(error)) from None
+        return self

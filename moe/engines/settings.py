@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from moe.config import Settings
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Settings):
     """AdamW, SGD, or Muon for matrices with AdamW for the rest."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)  # of sgd and muon
-    weight_decay: float = Field(0.1, ge=0)  # never of norms and biases
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.95)  # of adamw
+    eps: PositiveFloat = 1e-8  # of adamw
+    momentum: Share = 0.95  # of sgd and muon
+    weight_decay: NonNegativeFloat = 0.1  # never of norms and biases
     decay_router: bool = True
+
+    def idle(self) -> dict[str, str]:
+        idle = {"adamw": ["momentum"], "sgd": ["betas", "eps"], "muon": []}[self.name]
+        reasons = {name: f"with optimizer.name={self.name}" for name in idle}
+        return reasons if self.weight_decay else reasons | {"decay_router": "with optimizer.weight_decay=0"}
 
 
 class Schedule(Settings):
     """Learning rate over steps, as a share of optimizer.lr."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(0, ge=0)  # steps
-    decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the run that the final decay takes
-    final: float = Field(0.1, ge=0, le=1)  # share of lr at the end
+    warmup: NonNegativeInt = 0  # steps
+    decay: float = Field(default=0.2, gt=0, le=1)  # wsd: share of the run that the final decay takes
+    final: float = Field(default=0.1, ge=0, le=1)  # share of lr at the end
+
+    def idle(self) -> dict[str, str]:
+        idle = {"cosine": ["decay"], "wsd": [], "constant": ["decay", "final"]}[self.name]
+        return {name: f"with schedule.name={self.name}" for name in idle}
 
 
 class Engine(Settings):

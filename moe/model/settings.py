@@ -4,56 +4,128 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from moe.config import Choice, Settings
+from moe.config import Choice, Settings, wrong
+from moe.errors import ConfigError
 from moe.model.experts import Activation
-from moe.routers import ROUTERS
+from moe.routers import ROUTERS, build
 
 
 class Rope(Settings):
     """Rotary positions (Su et al., 2021), optionally stretched."""
 
-    theta: float = Field(10000.0, gt=0)
+    theta: PositiveFloat = 10000.0
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = Field(1.0, ge=1)  # how many times longer than `original` contexts become
-    original: int = Field(8192, gt=0)  # context length the positions were trained for
-    low_frequency: float = 1.0  # llama3: wavelengths longer than original / low_frequency are stretched whole
-    high_frequency: float = 4.0  # llama3: wavelengths shorter than original / high_frequency are kept
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    factor: float = Field(default=1.0, ge=1)  # how many times longer than `original` contexts become
+    original: PositiveInt = 8192  # context length the positions were trained for
+    low_frequency: PositiveFloat = 1.0  # llama3: wavelengths longer than original / low_frequency are stretched whole
+    high_frequency: PositiveFloat = 4.0  # llama3: wavelengths shorter than original / high_frequency are kept
+    beta_fast: PositiveFloat = 32.0  # yarn: dimensions that turn more often than this within `original` are kept
+    beta_slow: PositiveFloat = 1.0  # yarn: dimensions that turn less often than this are stretched whole
+
+    def idle(self) -> dict[str, str]:
+        users = {
+            "factor": ("linear", "llama3", "yarn"),
+            "original": ("llama3", "yarn"),
+            "low_frequency": ("llama3",),
+            "high_frequency": ("llama3",),
+            "beta_fast": ("yarn",),
+            "beta_slow": ("yarn",),
+        }
+        return {name: f"with model.rope.scaling={self.scaling}" for name, kinds in users.items() if self.scaling not in kinds}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Rope:
+        for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
+            a, b = getattr(self, low), getattr(self, high)
+            if a >= b:
+                raise wrong(high, f"model.rope.{high}={b} is not above model.rope.{low}={a}; choose a larger model.rope.{high}")
+        return self
 
 
 class Moe(Settings):
     """The MoE layers of a model."""
 
-    experts: int = Field(8, gt=0)
-    d_expert: int = Field(512, gt=0)
-    router: Choice(ROUTERS, given=("d_model", "num_experts")) = {"name": "top_k"}
-    d_shared: int = Field(0, ge=0)  # total width of the shared experts, which every token passes
+    experts: PositiveInt = 8
+    d_expert: PositiveInt = 512
+    router: Choice(ROUTERS, "router", given=("d_model", "num_experts"), default="top_k") = "top_k"
+    d_shared: NonNegativeInt = 0  # total width of the shared experts, which every token passes
     shared_gate: bool = False  # a sigmoid gate on the shared experts' output (Qwen2-MoE)
-    first_dense: int = Field(0, ge=0)  # leading layers that stay dense
-    every: int = Field(1, gt=0)  # of the layers after those, each n-th is sparse
+    first_dense: NonNegativeInt = 0  # leading layers that stay dense
+    every: PositiveInt = 1  # of the layers after those, each n-th is sparse
     backend: Literal["auto", "reference", "torch"] = "auto"
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.d_shared else {"shared_gate": "without shared experts (model.moe.d_shared=0)"}
 
 
 class Model(Settings):
     """A decoder-only transformer."""
 
-    layers: int = Field(4, gt=0)
-    d_model: int = Field(256, gt=0)
-    heads: int = Field(8, gt=0)
-    kv_heads: int | None = Field(None, gt=0)  # null: as many as heads
-    head_dim: int | None = Field(None, gt=0)  # null: d_model / heads
-    d_ff: int = Field(1024, gt=0)  # width of the dense layers
+    layers: PositiveInt = 4
+    d_model: PositiveInt = 256
+    heads: PositiveInt = 8
+    kv_heads: PositiveInt | None = None  # null: as many as heads
+    head_dim: PositiveInt | None = None  # null: d_model / heads
+    d_ff: PositiveInt = 1024  # width of the dense layers
     activation: Activation = "silu"
-    vocab: int | None = Field(None, gt=0)  # null: the tokenizer's
-    context: int = Field(2048, gt=0)  # longest sequence the positions are meant for
-    rope: Rope = Rope()
-    norm_eps: float = Field(1e-5, gt=0)
+    vocab: PositiveInt | None = None  # null: the tokenizer's
+    context: PositiveInt = 2048  # longest sequence the positions are meant for
+    rope: Rope = Field(default_factory=Rope)
+    norm_eps: PositiveFloat = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"  # over each head (Qwen3), or over all heads at once (OLMoE)
     attention_bias: bool = False
-    window: int | None = Field(None, gt=0)  # sliding attention window; null for none
+    window: PositiveInt | None = None  # sliding attention window; null for none
     tied_embeddings: bool = False
-    init_std: float = Field(0.02, gt=0)
-    moe: Moe | None = Moe()  # null for a dense model
+    init_std: PositiveFloat = 0.02
+    moe: Moe | None = Field(default_factory=Moe)  # null for a dense model
+
+    def idle(self) -> dict[str, str]:
+        every_layer_is_sparse = self.moe is not None and self.moe.first_dense == 0 and self.moe.every == 1
+        return {"d_ff": "where every layer is sparse (model.moe.d_expert is the width of an expert)"} if every_layer_is_sparse else {}
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Model:
+        d, heads, kv_heads = self.d_model, self.heads, self.kv_heads or self.heads
+        if self.head_dim is None and d % (2 * heads):
+            fitting = near_divisors(d // 2, heads)
+            raise wrong(
+                "heads",
+                f"model.d_model={d} does not split into model.heads={heads} heads of even width; "
+                f"choose model.heads={fitting}, or give model.head_dim",
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise wrong("head_dim", f"model.head_dim={self.head_dim} is odd, and rotary positions turn pairs; choose {self.head_dim + 1}")
+        if heads % kv_heads:
+            raise wrong(
+                "kv_heads",
+                f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose model.kv_heads={near_divisors(heads, kv_heads)}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Model:
+        moe = self.moe
+        if moe is None:
+            return self
+        if self.layers < moe.first_dense + moe.every:
+            raise wrong(
+                "moe",
+                f"model.moe.first_dense={moe.first_dense} and model.moe.every={moe.every} leave no sparse layer of "
+                f"model.layers={self.layers}; lower them, or write model.moe=null for a dense model",
+            )
+        try:
+            with torch.device("meta"):
+                build(moe.router, self.d_model, moe.experts)
+        except ConfigError as error:
+            raise wrong("moe.router", f"model.moe.router: {error}") from None
+        return self
+
+
+def near_divisors(number: int, near: int) -> str:
+    """The divisors of `number` on both sides of `near`, to be read: "2 or 4"."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d <= near][-1:], [d for d in divisors if d > near][:1]
+    return " or ".join(map(str, below + above))
