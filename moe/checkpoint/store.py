@@ -202,10 +202,9 @@ class Store:
             try:
                 self.ranks.together(lambda: _save(job, writer, self.ranks))
                 written = self.ranks.together(lambda: writer.written(self.ranks.rank))
-                faults.point("checkpoint/after_shards", job.step)
                 self.ranks.first_does(lambda: self._commit(job, writer, [file for files in written for file in files]))
             except NoSpace as error:
-                raise NoSpace(_full(job.step, self.folder, job.bytes, str(error))) from None
+                raise NoSpace(self.ranks.first_does(lambda: _full(job.step, self.folder, job.bytes, str(error)))) from None
         self._parent = job.step
         if self.ranks.first:
             self._tidy(job.step)
@@ -256,12 +255,11 @@ class Store:
 
     @contextmanager
     def _dropping(self, folder: Path) -> Generator[None, None, None]:
-        """Remove the folder if what is done in it fails."""
+        """Remove the folder if what the ranks do in it together fails; no rank goes on before it is gone."""
         try:
             yield
         except MoeError:
-            if self.ranks.first:
-                shutil.rmtree(folder, ignore_errors=True)
+            self.ranks.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
             raise
 
     def _tell(self) -> None:

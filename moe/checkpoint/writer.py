@@ -93,6 +93,7 @@ class Writer(FileSystemWriter):
 
     def written(self, rank: int) -> list[File]:
         """The files this rank wrote."""
+        faults.point("checkpoint/after_shards", self.step)
         return [File(name, size, digest, rank) for name, (size, digest) in sorted(self.files.done.items())]
 
 
