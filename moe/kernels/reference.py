@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ class ExpertWeights(NamedTuple):
 
     up: Float[Tensor, "E g f d"]
     down: Float[Tensor, "E d f"]
+    # Set by an engine that keeps gradients from step to step: where up.grad and down.grad exist, a backend may add to them
+    # in place, return none, and say so by arrived(parameter), because autograd's own hooks then stay silent.
+    arrived: Callable[[Tensor], None] | None = None
 
 
 ACTIVATIONS = {

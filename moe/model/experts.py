@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe.kernels import GROUPED_MLP, backend
+from moe.kernels import GROUPED_MLP
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
+from moe.tables import entry
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
 
@@ -29,14 +30,17 @@ class Experts(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.activation, self.backend = activation, backend
+        self.activation = activation
+        self.grouped_mlp = entry(GROUPED_MLP, backend, "backend")
         self.up = nn.Parameter(torch.empty(num_experts, 2 if gated else 1, d_expert, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         # The seam through which weights move: FSSDP replaces it by a sparse all-gather.
         self.gather: Callable[[ExpertWeights], ExpertWeights] = lambda weights: weights
+        # See ExpertWeights.arrived; for engines whose parameters are the ones used here, once a forward.
+        self.arrived: Callable[[Tensor], None] | None = None
 
     def forward(self, rows: Rows) -> Float[Tensor, "n d"]:
         weights = self.gather(ExpertWeights(self.up, self.down))
         dtype = rows.x.dtype
-        weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype))
-        return backend(GROUPED_MLP, self.backend, rows.x)(rows, weights, self.activation)
+        weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.arrived)
+        return self.grouped_mlp(rows, weights, self.activation)

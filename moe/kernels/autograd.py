@@ -1,0 +1,109 @@
+"""What backends that write their own gradients share: what is kept for backward, and where gradients go.
+
+A backend is a module with two functions, told apart from the rest of autograd so that torch.compile sees one opaque call:
+
+    forward(x, index, weight, counts, up, down, activation, keep)             → y, hidden
+    backward(grad, hidden, x, index, weight, counts, up, down, activation, …) → RowGradients
+
+Only x, the pre-activations `hidden` and integers are kept. The combine weight is applied before the down projection, so its
+gradient needs no output: d weight = <d activated, activated>.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.kernels.permute import sum_slots
+from moe.kernels.reference import ExpertWeights, Rows
+from moe.shapes import Float
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the rows in expert order and of the stacked weights."""
+
+    x: Float[Tensor, "n d"]
+    weight: Float[Tensor, " n"]
+    up: Float[Tensor, "E g f d"]
+    down: Float[Tensor, "E d f"]
+
+
+def grouped_mlp(module: str, rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+    """`reference.grouped_mlp` computed by the backend in `module`."""
+    differentiable = (rows.x, rows.weight, weights.up, weights.down)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    return _ExpertMLP.apply(*differentiable, rows.index, rows.counts, rows.slots, module, activation, keep, weights.arrived)
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, up, down, index, counts, slots, module, activation, keep, arrived):
+        forward = _forward if torch.compiler.is_compiling() else importlib.import_module(module).forward
+        chosen = (module,) if torch.compiler.is_compiling() else ()
+        y, hidden = forward(*chosen, x, index, weight, counts, up, down, activation, keep)
+        ctx.save_for_backward(x, weight, up, down, index, counts, slots, hidden)
+        ctx.module, ctx.activation, ctx.arrived = module, activation, arrived
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, up, down, index, counts, slots, hidden = ctx.saved_tensors
+        given = (grad.contiguous(), hidden, x, index, weight, counts, up, down, ctx.activation)
+        if torch.compiler.is_compiling():
+            dx, dweight, dup, ddown = _backward(ctx.module, *given)
+        elif ctx.arrived is not None and up.is_leaf and up.grad is not None and down.grad is not None:
+            dx, dweight, _, _ = importlib.import_module(ctx.module).backward(*given, up.grad, down.grad)
+            ctx.arrived(up)
+            ctx.arrived(down)
+            dup = ddown = None
+        else:
+            dx, dweight, dup, ddown = importlib.import_module(ctx.module).backward(*given)
+        dx = x.new_zeros(x.shape).index_add_(0, index, dx) if slots is None else sum_slots(dx, slots)
+        return dx, dweight, dup, ddown, *(None,) * 7
+
+
+@torch.library.custom_op("moe::expert_mlp", mutates_args=())
+def _forward(
+    module: str,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return importlib.import_module(module).forward(x, index, weight, counts, up, down, activation, keep)
+
+
+@_forward.register_fake
+def _(module, x, index, weight, counts, up, down, activation, keep):
+    n = index.shape[0]
+    return x.new_empty(n, x.shape[1]), x.new_empty(n if keep else 0, up.shape[1] * up.shape[2])
+
+
+@torch.library.custom_op("moe::expert_mlp_backward", mutates_args=())
+def _backward(
+    module: str,
+    grad: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return importlib.import_module(module).backward(grad, hidden, x, index, weight, counts, up, down, activation)
+
+
+@_backward.register_fake
+def _(module, grad, hidden, x, index, weight, counts, up, down, activation):
+    return torch.empty_like(grad), torch.empty_like(weight), up.new_empty(up.shape), down.new_empty(down.shape)

@@ -1,0 +1,75 @@
+"""torch's grouped matrix product: all experts in one call, without the host knowing how many rows each has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from moe.kernels import autograd, threads
+from moe.kernels.activations import activate, activate_backward
+from moe.kernels.reference import ExpertWeights, Rows
+from moe.shapes import Bool, Float
+
+_ALIGN = 16  # bytes that every stride must be a multiple of
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+    """`reference.grouped_mlp` by grouped products, or by the loop where those refuse the dtype or the alignment."""
+    return autograd.grouped_mlp(__name__, rows, weights, activation)
+
+
+def forward(
+    x: Tensor, index: Tensor, weight: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted outputs in expert order, and the pre-activations if they are to be kept."""
+    if not _fits(index, up, down):
+        return threads.forward(x, index, weight, counts, up, down, activation, keep)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    hidden = grouped_mm(x.index_select(0, index), up.flatten(1, 2).mT, offs=ends)
+    activated = x.new_empty(len(index), down.shape[2])
+    activate(hidden, activation, up.shape[1] == 2, activated).mul_(weight[:, None])
+    y = grouped_mm(activated, down.mT, offs=ends)
+    return y.masked_fill_(_dropped(ends, len(index))[:, None], 0), hidden if keep else hidden.new_empty(0, hidden.shape[1])
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    grad_up: Tensor | None = None,
+    grad_down: Tensor | None = None,
+) -> autograd.RowGradients:
+    """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    if not _fits(index, up, down):
+        return threads.backward(grad, hidden, x, index, weight, counts, up, down, activation, grad_up, grad_down)
+    gated, scale = up.shape[1] == 2, weight[:, None]
+    ends = counts.cumsum(0, dtype=torch.int32)
+    dropped = _dropped(ends, len(index))
+    activated = activate(hidden, activation, gated, x.new_empty(len(index), down.shape[2]))
+    grad_activated = grouped_mm(grad, down, offs=ends)
+    grad_weight = (grad_activated * activated).sum(1, dtype=weight.dtype).masked_fill_(dropped, 0)
+    new_down = grouped_mm(grad.T, activated.mul_(scale), offs=ends)
+    grad_hidden = activate_backward(grad_activated.mul_(scale), hidden, activation, gated, torch.empty_like(hidden))
+    new_up = grouped_mm(grad_hidden.T, x.index_select(0, index), offs=ends).view(up.shape)
+    grad_x = grouped_mm(grad_hidden, up.flatten(1, 2), offs=ends).masked_fill_(dropped[:, None], 0)
+    new_up = new_up if grad_up is None else grad_up.add_(new_up)
+    new_down = new_down if grad_down is None else grad_down.add_(new_down)
+    return autograd.RowGradients(grad_x, grad_weight, new_up, new_down)
+
+
+def _fits(index: Tensor, up: Tensor, down: Tensor) -> bool:
+    aligned = all(t.data_ptr() % _ALIGN == 0 and all(s * t.element_size() % _ALIGN == 0 for s in t.stride()[:-1]) for t in (up, down))
+    return aligned and up.dtype in _DTYPES and len(index) > 0
+
+
+def _dropped(ends: Tensor, n: int) -> Bool[Tensor, " n"]:
+    """Rows past the last expert's, which a grouped product leaves uninitialised."""
+    return torch.arange(n, device=ends.device) >= ends[-1]

@@ -1,0 +1,160 @@
+"""One expert after the other on a CPU, whole experts shared out over threads.
+
+A small matrix product on all threads waits at a barrier longer than it computes; here every thread takes whole experts from
+gathering to the last gradient, with one thread inside each product. Works for any dtype and size, and on one thread or
+another device it is the plain loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.kernels import autograd
+from moe.kernels.activations import activate, activate_backward
+from moe.kernels.reference import ExpertWeights, Rows
+from moe.shapes import Float
+
+_WORTH_SHARING = 3e7  # multiplications: under about a millisecond of them, waking threads costs more than it saves
+_TOGETHER = 1.1  # what a product on all threads takes, against its share of a thread's time
+
+
+class Span(NamedTuple):
+    """The rows of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+    """`reference.grouped_mlp`, an expert a thread."""
+    return autograd.grouped_mlp(__name__, rows, weights, activation)
+
+
+def forward(
+    x: Tensor, index: Tensor, weight: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted outputs in expert order, and the pre-activations if they are to be kept."""
+    spans, used = _spans(counts)
+    gated, (_, width, d) = up.shape[1] == 2, up.flatten(1, 2).shape
+    d_expert = down.shape[2]
+    up, scale = up.flatten(1, 2), weight[:, None]
+    y, hidden = x.new_empty(len(index), d), x.new_empty(len(index) if keep else 0, width)
+    y[used:].zero_()
+
+    def expert(buffers: Sequence[Tensor], e: int, start: int, stop: int) -> None:
+        vectors, activated = buffers[:2]
+        h = hidden[start:stop] if keep else buffers[2]
+        torch.index_select(x, 0, index[start:stop], out=vectors)
+        torch.mm(vectors, up[e].T, out=h)
+        activate(h, activation, gated, activated).mul_(scale[start:stop])
+        torch.mm(activated, down[e].T, out=y[start:stop])
+
+    widths = [d, d_expert] if keep else [d, d_expert, width]
+    _each(expert, [span for span in spans if span.stop > span.start], x, widths, used * width * d)
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    grad_up: Tensor | None = None,
+    grad_down: Tensor | None = None,
+) -> autograd.RowGradients:
+    """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    spans, used = _spans(counts)
+    gated, width, d, d_expert = up.shape[1] == 2, hidden.shape[1], x.shape[1], down.shape[2]
+    beta = 0 if grad_up is None else 1
+    into_up = up.new_empty(up.shape) if grad_up is None else grad_up
+    into_down = down.new_empty(down.shape) if grad_down is None else grad_down
+    grad_x, grad_weight = x.new_empty(len(index), d), torch.empty_like(weight)
+    grad_x[used:].zero_()
+    grad_weight[used:].zero_()
+    up, flat_up, scale = up.flatten(1, 2), into_up.view(len(up), width, d), weight[:, None]
+
+    def expert(buffers: Sequence[Tensor], e: int, start: int, stop: int) -> None:
+        vectors, activated, grad_activated, grad_hidden = buffers
+        rows, g = slice(start, stop), grad[start:stop]
+        torch.mm(g, down[e], out=grad_activated)
+        activate(hidden[rows], activation, gated, activated)
+        product = torch.mul(grad_activated, activated, out=grad_hidden[:, :d_expert])
+        torch.sum(product, 1, dtype=weight.dtype, out=grad_weight[rows])
+        grad_activated.mul_(scale[rows])
+        into_down[e].addmm_(g.T, activated.mul_(scale[rows]), beta=beta)
+        activate_backward(grad_activated, hidden[rows], activation, gated, grad_hidden)
+        torch.index_select(x, 0, index[rows], out=vectors)
+        flat_up[e].addmm_(grad_hidden.T, vectors, beta=beta)
+        torch.mm(grad_hidden, up[e], out=grad_x[rows])
+
+    _each(expert, spans, x, [d, d_expert, d_expert, width], 3 * used * width * d)
+    return autograd.RowGradients(grad_x, grad_weight, into_up, into_down)
+
+
+def _spans(counts: Tensor) -> tuple[list[Span], int]:
+    """Each expert's rows, and how many there are in all."""
+    spans, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        spans.append(Span(expert, start, start + count))
+        start += count
+    return spans, start
+
+
+def _each(task: Callable[..., None], spans: list[Span], like: Tensor, widths: list[int], multiplications: float) -> None:
+    """task(buffers, *span) for every span, the buffers holding as many rows as the span and `widths` columns."""
+    spans = sorted(spans, key=lambda span: span.start - span.stop)
+    rows = [span.stop - span.start for span in spans]
+    threads = torch.get_num_threads() if like.device.type == "cpu" and multiplications > _WORTH_SHARING else 1
+    alone = len(spans) if threads == 1 else _together(rows, threads)
+
+    def work(todo, room: int, inference: bool) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            buffers = [like.new_empty(room, width) for width in widths]
+            for span in todo:
+                task([buffer[: span.stop - span.start] for buffer in buffers], *span)
+
+    inference = torch.is_inference_mode_enabled()
+    if alone:
+        work(spans[:alone], rows[0], inference)
+    if alone < len(spans):
+        todo = iter(spans[alone:])  # one iterator for all: each thread takes the longest that is left
+        list(_pool(threads).map(lambda _: work(todo, rows[alone], inference), range(threads)))
+
+
+def _together(rows: list[int], threads: int) -> int:
+    """How many of the longest experts all threads should multiply together, before each takes whole ones of the rest."""
+
+    def finish(together: int) -> float:
+        loads = [0] * threads
+        for count in rows[together:]:
+            heapq.heapreplace(loads, loads[0] + count)
+        return _TOGETHER * sum(rows[:together]) / threads + max(loads)
+
+    return min(range(min(len(rows), threads) + 1), key=finish)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread."""
+    pool = ThreadPoolExecutor(threads, "moe-experts", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(time.sleep, [0.01] * threads))
+    torch.set_num_threads(threads)  # theirs was also the default for threads to come
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)
