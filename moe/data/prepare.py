@@ -42,6 +42,8 @@ def tokenize(
     texts = [source for source in made if isinstance(source, TextSource)]
     if len(texts) < len(made) or not texts:
         raise ConfigError("give sources of text to tokenise: stdlib, text, jsonl or huggingface")
+    if shard_tokens < 1:
+        raise ConfigError(f"a shard of {shard_tokens} tokens cannot be written; give a positive number, such as {SHARD_TOKENS}")
     if out.exists():
         raise ConfigError(f"{out} exists already; give a folder that does not, or remove it")
     with whole_folder(out) as folder:

@@ -86,6 +86,8 @@ def test_bad_requests_are_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="give sources of text to tokenise"):
         tokenize([], tmp_path / "out")
+    with pytest.raises(ConfigError, match="a shard of 0 tokens cannot be written; give a positive number"):
+        tokenize([Given(["a"])], tmp_path / "out", shard_tokens=0)
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"out exists already; give a folder that does not, or remove it"):
         tokenize([Given(["a"])], tmp_path / "out")
