@@ -1,0 +1,173 @@
+"""Experts multiply by the backend they name, in the rows' dtype, and add to kept gradients when an engine asks for it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from moe.errors import ConfigError
+from moe.kernels import GROUPED_MLP
+from moe.kernels.reference import ExpertWeights, Rows
+from moe.model.experts import Experts
+from tests.workers import run_ranks
+
+IN_PLACE = [name for name in GROUPED_MLP if name != "reference"]
+
+
+def experts(backend="auto", dtype=torch.float64, seed=0) -> Experts:
+    module = Experts(16, 3, 8, backend=backend).to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / 4)
+    return module
+
+
+def batch(seed, dtype=torch.float64, counts=(4, 0, 5)) -> Rows:
+    draw = torch.Generator().manual_seed(seed)
+    n = sum(counts)
+    x = torch.randn(n, 16, generator=draw, dtype=torch.float64).to(dtype)
+    weight = torch.rand(n, generator=draw, dtype=torch.float64)
+    return Rows(x, torch.randperm(n, generator=draw), weight if dtype == torch.float64 else weight.float(), torch.tensor(counts))
+
+
+def loss(y):
+    return (y * torch.arange(1.0, 1 + y.numel(), dtype=y.dtype).view_as(y).cos()).sum()
+
+
+def test_a_misspelt_backend_is_refused_when_the_layer_is_built():
+    with pytest.raises(ConfigError, match="unknown backend 'thread'; did you mean threads"):
+        Experts(16, 3, 8, backend="thread")
+
+
+@pytest.mark.parametrize("backend", GROUPED_MLP)
+def test_float32_masters_serve_bfloat16_rows(backend):
+    module, rows = experts(backend, torch.float32), batch(0, torch.bfloat16)
+    y = module(rows)
+    assert y.dtype == torch.bfloat16
+    loss(y).backward()
+    exact = experts("reference")
+    loss(exact(batch(0)._replace(x=rows.x.double()))).backward()
+    for p, q in zip(module.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert (p.grad.double() - q.grad).norm() < 2e-2 * q.grad.norm()
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_gradients_added_in_place_equal_those_that_autograd_adds(backend):
+    plain, kept, arrived = experts(backend), experts(backend), []
+    kept.arrived = arrived.append
+    for p in kept.parameters():
+        p.grad = torch.zeros_like(p)
+    storage = [p.grad.data_ptr() for p in kept.parameters()]
+    for seed, counts in enumerate([(4, 0, 5), (0, 3, 2), (0, 0, 0)]):
+        for module in (plain, kept):
+            loss(module(batch(seed, counts=counts))).backward()
+    for p, q in zip(kept.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-13, atol=1e-13)
+    assert [p.grad.data_ptr() for p in kept.parameters()] == storage
+    assert [id(p) for p in arrived] == [id(kept.up), id(kept.down)] * 3
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_where_no_gradient_is_kept_autograd_brings_it_and_calls_its_hooks(backend):
+    module, heard = experts(backend), []
+    module.arrived = lambda p: pytest.fail("nothing was added in place")
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(heard.append)
+    loss(module(batch(0))).backward()
+    assert {id(p) for p in heard} == {id(p) for p in module.parameters()}
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_gradients_of_gathered_weights_flow_through_the_seam(backend):
+    plain, gathered = experts(backend), experts(backend)
+    gathered.gather = lambda weights: ExpertWeights(weights.up * 1, weights.down * 1)
+    gathered.arrived = lambda p: pytest.fail("a gathered weight is no parameter")
+    for p in gathered.parameters():
+        p.grad = torch.zeros_like(p)
+    for module in (plain, gathered):
+        loss(module(batch(0))).backward()
+    for p, q in zip(gathered.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_recomputation_adds_once(backend):
+    plain, kept = experts(backend), experts(backend)
+    kept.arrived = lambda p: None
+    for p in kept.parameters():
+        p.grad = torch.zeros_like(p)
+    rows = batch(0)
+    rows.x.requires_grad_()
+    loss(plain(rows)).backward()
+    loss(torch.utils.checkpoint.checkpoint(kept, rows, use_reentrant=False)).backward()
+    for p, q in zip(kept.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def torch_ddp(rank, world):
+    """Torch's own DistributedDataParallel, whose buckets are the kept gradients, over 3 micro-batches."""
+    results = []
+    for in_place in (False, True):
+        module = experts()
+        if in_place:
+            module.arrived = lambda p: None
+        ddp = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        for step in range(2):
+            ddp.zero_grad(set_to_none=False)
+            for micro in range(2):
+                with ddp.no_sync():
+                    loss(ddp(batch(10 * step + 3 * rank + micro))).backward()
+            loss(ddp(batch(10 * step + 3 * rank + 2))).backward()
+        results.append([p.grad.clone() for p in module.parameters()])
+    return results
+
+
+def test_torchs_data_parallel_sums_gradients_that_were_added_in_place():
+    for plain, kept in run_ranks(2, torch_ddp):
+        for a, b in zip(plain, kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    ranks = [kept for _, kept in run_ranks(2, torch_ddp)]
+    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
+def fsdp2(rank, world, dtype):
+    """Fully sharded experts, whose unsharded gradients wait for the last of 3 micro-batches."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    results = []
+    for in_place in (False, True):
+        inner = experts(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        inner.arrived = (lambda p: None) if in_place else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=inner.up.dtype, cast_forward_inputs=False)
+        module = fully_shard(copy.deepcopy(inner), mp_policy=policy)
+        for step in range(2):
+            for micro in range(3):
+                module.set_requires_gradient_sync(micro == 2)
+                module.set_is_last_backward(micro == 2)
+                loss(module(batch(10 * step + 3 * rank + micro, dtype))).backward()
+        results.append([p.grad.full_tensor() for p in module.parameters()])
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_fsdp2_reduces_gradients_that_were_added_in_place(dtype):
+    for plain, kept in run_ranks(2, fsdp2, dtype):
+        for a, b in zip(plain, kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-2 if dtype == torch.bfloat16 else 1e-13)
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_a_compiled_layer_is_one_graph_with_the_same_gradients(backend):
+    eager, compiled = experts(backend, torch.float32), experts(backend, torch.float32)
+    whole = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    a, b = eager(batch(0, torch.float32)), whole(batch(0, torch.float32))
+    assert torch.equal(a, b)
+    loss(a).backward()
+    loss(b).backward()
+    for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
