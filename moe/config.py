@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moe.choice import Choice, Entries
@@ -20,7 +20,7 @@ from moe.errors import ConfigError
 from moe.tables import entry, nearest
 from moe.yaml_reader import Places, dotted, read_file, read_text, scalar
 
-__all__ = ["Choice", "Settings", "dump", "load", "schema", "wrong"]
+__all__ = ["Choice", "Settings", "dump", "load", "refuse_idle", "schema", "wrong"]
 
 FORMS = {"recipe": "moe.recipe:Recipe"}  # by name, because forms live on floors above this one
 COMMAND_LINE = "command line"
@@ -35,26 +35,21 @@ class Settings(BaseModel):
     def idle(self) -> dict[str, str]:
         """Settings, dotted, that have no effect beside the others, each with the reason: "with schedule.name=cosine".
 
-        To give one is an error, so that an idle setting always has its default, and `dump` leaves it out.
+        A whole form refuses to be given one (`refuse_idle`), so that it always has its default, and `dump` leaves it out.
         """
         return {}
 
-    @model_validator(mode="after")
-    def _refuse_idle(self) -> Settings:
-        for key, why in self.idle().items():
-            *sections, name = key.split(".")
-            holder: Any = self
-            for section in sections:
-                holder = getattr(holder, section)
-            if isinstance(holder, Settings) and name in holder.model_fields_set:
-                raise wrong(key, f"has no effect {why}; leave it out", getattr(holder, name), kind="idle")
-        return self
+
+def refuse_idle(form: Settings) -> None:
+    """Raise, inside a validator of the whole form, for each setting that was given and has no effect."""
+    problems = [_problem(key, "idle", f"has no effect {why}; leave it out", value) for key, value, why in _given_idle(form, {}, "")]
+    if problems:
+        raise ValidationError.from_exception_data("settings", problems)
 
 
-def wrong(key: str, sentence: str, value: Any = None, *, kind: str = "wrong") -> ValidationError:
+def wrong(key: str, sentence: str) -> ValidationError:
     """What a validator raises about `key`, a dotted path below its own section; the sentence stands alone."""
-    problem = PydanticCustomError(kind, "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
-    return ValidationError.from_exception_data("settings", [InitErrorDetails(type=problem, loc=tuple(key.split(".")), input=value)])
+    return ValidationError.from_exception_data("settings", [_problem(key, "wrong", sentence, None)])
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), form: Any = "recipe") -> Any:
@@ -80,7 +75,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = (), form: Any =
 
 def dump(settings: Settings) -> str:
     """YAML, with every setting that has an effect, that loads back to the same object."""
-    return yaml.dump(_effective(settings, set()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+    return yaml.dump(_effective(settings, {}), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
 def schema(form: type[Settings]) -> dict[str, Any]:
@@ -277,16 +272,29 @@ def _leaves(form: type[Settings], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _effective(settings: Settings, outside: set[str]) -> dict[str, Any]:
-    idle = outside | settings.idle().keys()
-    out: dict[str, Any] = {}
-    for name in type(settings).model_fields:
+def _problem(key: str, kind: Any, sentence: str, value: Any) -> InitErrorDetails:
+    # through a template, because pydantic would take braces in the sentence for its own
+    return InitErrorDetails(type=PydanticCustomError(kind, "{sentence}", {"sentence": sentence}), loc=tuple(key.split(".")), input=value)
+
+
+def _below(idle: dict[str, str], section: str) -> dict[str, str]:
+    return {key.removeprefix(f"{section}."): why for key, why in idle.items() if key.startswith(f"{section}.")}
+
+
+def _given_idle(settings: Settings, outside: dict[str, str], prefix: str) -> Iterator[tuple[str, Any, str]]:
+    idle = settings.idle() | outside
+    for name in sorted(settings.model_fields_set):
         value = getattr(settings, name)
-        if isinstance(value, Settings):
-            out[name] = _effective(value, {key.removeprefix(f"{name}.") for key in idle if key.startswith(f"{name}.")})
-        elif name not in idle:
-            out[name] = value
-    return out
+        if name in idle:
+            yield prefix + name, value, idle[name]
+        elif isinstance(value, Settings):
+            yield from _given_idle(value, _below(idle, name), f"{prefix}{name}.")
+
+
+def _effective(settings: Settings, outside: dict[str, str]) -> dict[str, Any]:
+    idle = settings.idle() | outside
+    values = {name: getattr(settings, name) for name in type(settings).model_fields if name not in idle}
+    return {name: _effective(value, _below(idle, name)) if isinstance(value, Settings) else value for name, value in values.items()}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from moe.config import Choice, Settings, wrong
+from moe.config import Choice, Settings, refuse_idle, wrong
 from moe.data.sources import SOURCES
 from moe.engines.settings import Engine, Optimizer, Schedule
 from moe.errors import ConfigError
@@ -118,6 +118,22 @@ class Recipe(Settings):
         if self.model.moe is None:
             idle |= dict.fromkeys(("optimizer.decay_router", "train.balance_window"), "in a dense model (model.moe=null)")
         return idle
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Recipe:
+        refuse_idle(self)
+        return self
+
+    @model_validator(mode="after")
+    def _has_sparse_layers(self) -> Recipe:
+        model, moe = self.model, self.model.moe
+        if moe is not None and model.layers < moe.first_dense + moe.every:
+            raise wrong(
+                "model.moe",
+                f"model.moe.first_dense={moe.first_dense} and model.moe.every={moe.every} leave no sparse layer of "
+                f"model.layers={model.layers}; lower them, or write model.moe=null for a dense model",
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:

@@ -110,12 +110,6 @@ class Model(Settings):
         moe = self.moe
         if moe is None:
             return self
-        if self.layers < moe.first_dense + moe.every:
-            raise wrong(
-                "moe",
-                f"model.moe.first_dense={moe.first_dense} and model.moe.every={moe.every} leave no sparse layer of "
-                f"model.layers={self.layers}; lower them, or write model.moe=null for a dense model",
-            )
         try:
             with torch.device("meta"):
                 build(moe.router, self.d_model, moe.experts)
