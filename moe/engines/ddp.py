@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from moe.engines.base import Engine
+from moe.model.experts import Experts
 from moe.model.initialise import initial_value
 
 _BUCKET_BYTES = 25 * 2**20
@@ -39,16 +40,14 @@ class DDP(Engine):
                 self.copies.append((p, first))
         self.buckets = _buckets([(p, masters[name]) for name, p in reversed(list(model.named_parameters()))])
         self.last = False
-        for bucket in self.buckets:
-            for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
-                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, total if p is not master else None))
+        self._listen()
         return masters
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         self.last = last and self.mesh.world > 1
         for bucket in self.buckets:
-            bucket.missing = len(bucket.pairs)
+            bucket.missing = {p for p, _ in bucket.pairs}
         self.started = 0
         yield
         self.last = False
@@ -67,13 +66,24 @@ class DDP(Engine):
         for bucket in self.buckets:
             bucket.sum.zero_()
 
+    def _listen(self) -> None:
+        """Hear of every gradient: from autograd, or from a backend of experts that adds to the kept ones by itself."""
+        arrived: dict[Tensor, Callable[[Tensor], None]] = {}
+        for bucket in self.buckets:
+            for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
+                arrived[p] = partial(self._arrived, bucket, total if p is not master else None)
+                p.register_post_accumulate_grad_hook(arrived[p])
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                module.arrived = lambda p: arrived[p](p)
+
     def _arrived(self, bucket: Bucket, total: Tensor | None, p: Tensor) -> None:
         """A gradient is ready; it lies in its bucket already, or has to be added to `total` there."""
         if total is not None and p.grad is not None:
             total += p.grad
             p.grad = None
         if self.last:
-            bucket.missing -= 1
+            bucket.missing.discard(p)  # no counter: a backend and, in some versions of torch, autograd both tell of the same one
             self._start()
 
     def _start(self, everything: bool = False) -> None:
@@ -95,7 +105,7 @@ class Bucket:
         self.pieces = [piece[: master.numel()].view_as(master) for (_, master), piece in zip(pairs, self.sum.split(room), strict=True)]
         for (_, master), piece in zip(pairs, self.pieces, strict=True):
             master.grad = piece
-        self.missing = 0
+        self.missing: set[Tensor] = set()
         self.work: Any = None
 
 

@@ -89,8 +89,8 @@ def test_balance_over_sequences_and_the_global_batch_does_not_depend_on_ranks():
 
 def other_shapes(rank, world):
     """A dense model with tied embeddings, one of dense and sparse layers, and gradients that travel in many buckets."""
-    dense = {"moe": None, "tied_embeddings": True}
-    mixed = {"moe": Moe(experts=4, d_expert=16, every=2, d_shared=16, shared_gate=True, backend="reference"), "qk_norm": "head"}
+    dense = {"moe": None, "d_ff": 16, "tied_embeddings": True}
+    mixed = {"moe": Moe(experts=4, d_expert=16, every=2, d_shared=16, shared_gate=True), "d_ff": 16, "qk_norm": "head"}
     runs = [train(engine(name, **shape), range(3), 1e-2) for name in ("ddp", "fsdp2") for shape in (dense, mixed)]
     ddp._BUCKET_BYTES = 4000
     job = engine("ddp", accumulate=2)
@@ -101,6 +101,16 @@ def other_shapes(rank, world):
 def test_dense_tied_and_mixed_models_and_many_buckets_do_not_depend_on_ranks():
     for two, alone in zip(run_ranks(2, other_shapes)[0], run_ranks(1, other_shapes)[0], strict=True):
         assert difference(two, alone) < 1e-12
+
+
+def backends(rank, world):
+    return [train(engine("ddp", accumulate=2, backend=backend), range(3), 1e-2) for backend in ("reference", "torch", "auto")]
+
+
+def test_a_backend_that_adds_to_kept_gradients_counts_every_one_of_them_once():
+    reference, *others = run_ranks(2, backends)[0]
+    for run in others:
+        assert difference(run, reference) < 1e-12
 
 
 def predicted(rank, world, name):

@@ -53,10 +53,18 @@ def batch(step: int, rank: int = 0, world: int = 1) -> Rows:
     return Rows(*(tensor.chunk(world)[rank].contiguous() for tensor in whole))
 
 
-def model(router: dict[str, Any] = ROUTER, *, experts: int = 6, width: int = 16, init_std: float = 0.3, **shape: Any) -> Transformer:
+def model(
+    router: dict[str, Any] = ROUTER,
+    *,
+    experts: int = 6,
+    width: int = 16,
+    backend: str = "auto",
+    init_std: float = 0.3,
+    **shape: Any,
+) -> Transformer:
     """The default spread is far from the flat start at which a wrong gradient is small."""
-    moe = Moe(experts=experts, d_expert=width, router=router, backend="reference")
-    settings = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 16, "context": POSITIONS, "init_std": init_std, "moe": moe}
+    moe = Moe(experts=experts, d_expert=width, router=router, backend=backend)
+    settings = {"layers": 2, "d_model": 16, "heads": 2, "context": POSITIONS, "init_std": init_std, "moe": moe}
     with torch.device("meta"):
         return Transformer(Model(**{**settings, **shape}), VOCAB, seed=0)
 
@@ -78,7 +86,7 @@ def engine(
     return entry(ENGINES, name, "engine")(
         model(**shape),
         replace(mesh(), replicas=replicas),
-        optimizer=Optimizer(name=optimizer, momentum=momentum),
+        optimizer=Optimizer(name=optimizer, **({} if optimizer == "adamw" else {"momentum": momentum})),
         engine=Engine(name=name, recompute=recompute, compile=compile),
         dtype=dtype,
         accumulate=accumulate,
