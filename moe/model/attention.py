@@ -104,7 +104,7 @@ def attention_mask(
     """
     if queries == keys and (window is None or window >= keys) and document is None:
         return None
-    visible = _visible(keys - queries, window, document)
+    visible = _visible(keys - queries, window or keys, document)
     if device.type == "cuda" and queries == keys:
         return _block_mask()(visible, None if document is None else len(document), None, queries, keys, device=device)
     b = torch.arange(1 if document is None else len(document), device=device)
@@ -112,16 +112,11 @@ def attention_mask(
     return visible(b[:, None, None, None], None, q[:, None], k)
 
 
-def _visible(offset: int, window: int | None, document: Tensor | None) -> Callable[..., Tensor]:
-    def visible(b: Tensor, h: Any, q: Tensor, k: Tensor) -> Tensor:
-        seen = q + offset >= k
-        if window is not None:
-            seen = seen & (q + offset - k < window)
-        if document is not None:
-            seen = seen & (document[b, q] == document[b, k])
-        return seen
-
-    return visible
+def _visible(offset: int, window: int, document: Tensor | None) -> Callable[..., Tensor]:
+    """Whether query q + offset of row b sees key k, in the form that flex attention wants: a bare function of four indices."""
+    if document is None:
+        return lambda b, h, q, k: (k <= q + offset) & (q + offset < k + window)
+    return lambda b, h, q, k: (k <= q + offset) & (q + offset < k + window) & (document[b, q + offset] == document[b, k])
 
 
 # Loaded and compiled when first used: only the masks of an accelerator need them.

@@ -53,7 +53,7 @@ def _keys_seen(sequence: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (sequence - window) * window) / sequence
 
 
-def _short(number: float, billion: str) -> str:
+def _short(number: int | float, billion: str) -> str:
     for unit in ("", "k", "M", billion):
         if number < 999.5:
             return f"{number:.3g} {unit}"

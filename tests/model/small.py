@@ -14,8 +14,11 @@ VOCAB = 61
 
 
 def settings(moe: dict[str, Any] | None = None, *, dense: bool = False, **changes: Any) -> Model:
-    sparse = None if dense else Moe(**({"experts": 4, "d_expert": 16, "router": {"name": "top_k", "k": 2}} | (moe or {})))
-    return Model(**({"layers": 2, "d_model": 32, "heads": 4, "kv_heads": 2, "d_ff": 48, "init_std": 0.2, "moe": sparse} | changes))
+    sparse = {"experts": 4, "d_expert": 16, "router": {"name": "top_k", "k": 2}} | (moe or {})
+    shape = {"layers": 2, "d_model": 32, "heads": 4, "kv_heads": 2, "init_std": 0.2}
+    if dense or "first_dense" in sparse or "every" in sparse:
+        shape["d_ff"] = 48
+    return Model(**(shape | {"moe": None if dense else Moe(**sparse)} | changes))
 
 
 def model(moe: dict[str, Any] | None = None, *, seed: int = 0, document_mask: bool = False, **changes: Any) -> Transformer:

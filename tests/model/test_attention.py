@@ -77,7 +77,7 @@ def test_causality_alone_needs_no_mask():
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_block_mask_of_an_accelerator_lets_the_same_positions_through(window):
     q, k, v = torch.randn(3, 2, HEADS, 9, 16)
-    visible = _visible(0, window, DOCUMENT)
+    visible = _visible(0, window or 9, DOCUMENT)
     blocks = create_block_mask(visible, 2, None, 9, 9, device="cpu", BLOCK_SIZE=4)
     dense = attention_mask(9, 9, CPU, window=window, document=DOCUMENT)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)

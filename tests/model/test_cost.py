@@ -17,17 +17,17 @@ def on_meta(vocab: int, moe: dict, **shape) -> Transformer:
 
 
 def mixtral() -> Transformer:
-    shape = {"layers": 32, "d_model": 4096, "heads": 32, "kv_heads": 8, "d_ff": 14336}
+    shape = {"layers": 32, "d_model": 4096, "heads": 32, "kv_heads": 8}
     return on_meta(32000, {"experts": 8, "d_expert": 14336, "router": {"name": "top_k", "k": 2}}, **shape)
 
 
 def olmoe() -> Transformer:
-    shape = {"layers": 16, "d_model": 2048, "heads": 16, "d_ff": 1024, "qk_norm": "full"}
+    shape = {"layers": 16, "d_model": 2048, "heads": 16, "qk_norm": "full"}
     return on_meta(50304, {"experts": 64, "d_expert": 1024, "router": {"name": "top_k", "k": 8}}, **shape)
 
 
 def qwen3() -> Transformer:
-    shape = {"layers": 48, "d_model": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128, "d_ff": 6144, "qk_norm": "head"}
+    shape = {"layers": 48, "d_model": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128, "qk_norm": "head"}
     return on_meta(151936, {"experts": 128, "d_expert": 768, "router": {"name": "top_k", "k": 8}}, **shape)
 
 

@@ -13,7 +13,7 @@ from tests.model import small
 def test_the_cache_changes_nothing(changes):
     model = small.model(**changes)
     ids = small.batch(3, 7).ids
-    cached = generate(model, ids, 20, temperature=0)
+    cached = generate(model, ids, 20, temperature=0.0)
     for _ in range(20):
         ids = torch.cat([ids, model.eval().predict(ids)[:, -1].argmax(-1, keepdim=True)], 1)
     assert cached.tolist() == ids.tolist()
