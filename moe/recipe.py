@@ -9,7 +9,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moe.config import Choice, Settings, refuse_idle, wrong
 from moe.data.sources import SOURCES
 from moe.engines.settings import Engine, Optimizer, Schedule
-from moe.errors import ConfigError
 from moe.model.settings import Model, near_divisors
 from moe.parallel.layout import Layout
 
@@ -148,9 +147,4 @@ class Recipe(Settings):
                 "optimizer.name",
                 "optimizer.name=muon needs whole matrices, and engine.name=fsdp2 cuts them; choose engine.name=ddp or optimizer.name=adamw",
             )
-        if self.parallel.ranks is not None:
-            try:
-                self.parallel.check(self.parallel.ranks, self.train.batch, self.train.accumulate)
-            except ConfigError as error:
-                raise wrong("parallel.ranks", str(error)) from None
         return self

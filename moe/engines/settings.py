@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from moe.config import Settings
+from moe.engines import ENGINES
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -44,6 +45,6 @@ class Schedule(Settings):
 class Engine(Settings):
     """How parameters are held, and what is recomputed or compiled."""
 
-    name: Literal["ddp", "fsdp2"] = "ddp"
+    name: Literal[*ENGINES] = "ddp"
     recompute: Literal["none", "full"] = "none"  # activations; never a routing decision
     compile: bool = False

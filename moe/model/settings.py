@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config import Choice, Settings, wrong
 from moe.errors import ConfigError
+from moe.kernels import GROUPED_MLP
 from moe.model.experts import Activation
 from moe.routers import ROUTERS, build
 
@@ -55,7 +56,7 @@ class Moe(Settings):
     shared_gate: bool = False  # a sigmoid gate on the shared experts' output (Qwen2-MoE)
     first_dense: NonNegativeInt = 0  # leading layers that stay dense
     every: PositiveInt = 1  # of the layers after those, each n-th is sparse
-    backend: Literal["auto", "reference", "torch"] = "auto"
+    backend: Literal["auto", *GROUPED_MLP] = "auto"
 
     def idle(self) -> dict[str, str]:
         return {} if self.d_shared else {"shared_gate": "without shared experts (model.moe.d_shared=0)"}
@@ -72,7 +73,7 @@ class Model(Settings):
     d_ff: PositiveInt = 1024  # width of the dense layers
     activation: Activation = "silu"
     vocab: PositiveInt | None = None  # null: the tokenizer's
-    context: PositiveInt = 2048  # longest sequence the positions are meant for
+    context: PositiveInt = 4096  # longest sequence the positions are meant for
     rope: Rope = Field(default_factory=Rope)
     norm_eps: PositiveFloat = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"  # over each head (Qwen3), or over all heads at once (OLMoE)

@@ -1,0 +1,202 @@
+"""The door: one function a verb. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import moe
+from moe.errors import ConfigError, MoeError
+
+INTERRUPTED = 130
+OPTIONAL = ("triton", "transformers", "datasets", "deepspeed", "megablocks", "tensorboard", "wandb")
+
+
+class Verbs(TyperGroup):
+    """Turns what a verb raises into a line on stderr and an exit code; anything unexpected keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoeError as error:
+            for line in str(error).splitlines():
+                typer.echo(typer.style("error: ", fg="red", bold=True) + line, err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+config = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+app.add_typer(config, name="config")
+
+Words = Annotated[
+    list[str] | None, typer.Argument(help="YAML files, merged left to right, then key=value.", metavar="FILES... [KEY=VALUE]...")
+]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="moe")
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moe {moe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def verbs(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version.")] = False,
+) -> None:
+    """Train Mixture-of-Experts language models, from one CPU core to a cluster."""
+
+
+@app.command()
+def train(
+    words: Words = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine, as torchrun would.")] = None,
+) -> None:
+    """Train what a recipe describes; the same command again goes on where it stopped."""
+    from moe.parallel.launch import launch, run_rank
+
+    files, overrides = split(words)
+    if "RANK" in os.environ:
+        if nproc is not None:
+            raise ConfigError(f"--nproc {nproc} under torchrun would start ranks within a rank; leave it out")
+        run_rank(lambda: run(load(files, overrides)))
+    recipe = load(files, overrides)
+    if nproc is None:
+        run_rank(lambda: run(recipe))
+    recipe.parallel.check(nproc, recipe.train.batch, recipe.train.accumulate)
+    raise typer.Exit(launch([*files, *overrides], nproc, restarts=recipe.train.restarts))
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Let a trained model write."""
+    from moe.train.sample import generate
+
+    typer.echo(generate(run, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed))
+
+
+@app.command()
+def inspect(run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what was trained, how it went, and how the experts were used."""
+    from moe.train.inspect import inspect, show
+
+    facts = inspect(run)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[list[str], typer.Argument(help="stdlib, paths or globs of text or .jsonl, or '{name: huggingface, dataset: …}'.")],
+    out: Annotated[Path, typer.Option(help="New folder for the tokens.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or the path of a tokenizer.json.")] = "bytes",
+) -> None:
+    """Turn text into token files that a run reads through the source `tokens`."""
+    from moe.data.prepare import tokenize
+
+    tokens = tokenize([source(word) for word in sources], out, tokenizer)
+    typer.echo(f"{tokens.offsets[-1]:,} tokens of {len(tokens.offsets) - 1:,} documents in {out}")
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from moe.config import schema
+    from moe.recipe import Recipe
+
+    typer.echo(json.dumps(schema(Recipe), indent=2))
+
+
+@config.command()
+def show(words: Words = None) -> None:
+    """Print the recipe that files and overrides make, with every default."""
+    from moe.config import dump
+
+    typer.echo(dump(load(*split(words))), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, and which backends run on it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe.kernels import GROUPED_MLP, why
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("moe", moe.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    table.add_row("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}")
+    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads a process")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        table.add_row(f"gpu {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    if not torch.cuda.is_available():
+        table.add_row("gpu", "none that torch sees")
+    for name in GROUPED_MLP:
+        table.add_row(f"backend {name}", why(name) or "runs here")
+    for package in OPTIONAL:
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed (optional)")
+    Console(highlight=False).print(table)
+
+
+def split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Files and key=value overrides; a word is an override if a = comes before anything that only a path has."""
+    words = words or []
+    overrides = [word for word in words if "=" in word and not set("/\\") & set(word.partition("=")[0])]
+    files = [word for word in words if word not in overrides]
+    if not files:
+        raise ConfigError("no recipe is named; give at least one file, such as configs/debug.yaml")
+    return files, overrides
+
+
+def load(files: list[str], overrides: list[str]) -> Any:
+    from moe.config import load
+
+    return load(files, overrides)
+
+
+def source(word: str) -> str | dict[str, Any]:
+    """A source of `moe tokenize`: a mapping in YAML, the name of a source, or the path of a file."""
+    from moe.data.sources import SOURCES
+    from moe.yaml_reader import read_text
+
+    if word.startswith("{"):
+        return read_text(word, "command line", lines=False)[0]
+    if word in SOURCES:
+        return word
+    return {"name": "jsonl" if word.endswith((".jsonl", ".ndjson")) else "text", "paths": [word]}
+
+
+def run(recipe: Any) -> None:
+    from moe.train.loop import train
+
+    train(recipe)
