@@ -23,7 +23,7 @@ from moe.kernels.activations import activate, activate_backward
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
 
-_WORTH_SHARING = 3e7  # multiplications: under about a millisecond of them, waking threads costs more than it saves
+_WORTH_SHARING = 30_000_000  # multiplications: under about a millisecond of them, waking threads costs more than it saves
 _TOGETHER = 1.1  # what a product on all threads takes, against its share of a thread's time
 
 
@@ -115,7 +115,7 @@ def _spans(counts: Tensor) -> tuple[list[Span], int]:
     return spans, start
 
 
-def _each(task: Callable[..., None], spans: list[Span], like: Tensor, widths: list[int], multiplications: float) -> None:
+def _each(task: Callable[..., None], spans: list[Span], like: Tensor, widths: list[int], multiplications: int) -> None:
     """task(buffers, *span) for every span, the buffers holding as many rows as the span and `widths` columns."""
     spans = sorted(spans, key=lambda span: span.start - span.stop)
     rows = [span.stop - span.start for span in spans]

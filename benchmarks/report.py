@@ -1,0 +1,82 @@
+"""How every benchmark says what it measured: a table on the screen, and a file that names commit, machine and date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """Processor (or GPU) and how many of it, as in "AMD EPYC, 4 cores"."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} GPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The commit measured, with a + if tracked files of the package or the benchmarks differ from it."""
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", "../moe"], cwd=here, capture_output=True, check=False)
+    return (head or "unknown") + ("+" if changed.returncode == 1 else "")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; the first row names the columns."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_report(
+    name: str, table: Sequence[dict[str, Any]], *, raw: Any, json_file: Path | None = None, quick: bool = False, notes: Sequence[str] = ()
+) -> None:
+    """Print the table, write raw figures to `json_file`, and, unless quick, both into benchmarks/results."""
+    facts = {
+        "benchmark": name,
+        "commit": commit(),
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "quick": quick,
+    }
+    text = "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"Commit {facts['commit']} · {facts['machine']} · {facts['date']} · torch {facts['torch']}{' · quick' if quick else ''}",
+            "",
+            markdown(table),
+            "",
+            *(f"- {note}" for note in notes),
+        ]
+    )
+    print(text, flush=True)
+    content = json.dumps(facts | {"rows": raw}, indent=1)
+    if json_file is not None:
+        json_file.write_text(content + "\n")
+    if quick:
+        return
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    for suffix, body in (("md", text.rstrip()), ("json", content)):
+        path = RESULTS / f"{name}_{slug}_{facts['date']}.{suffix}"
+        path.write_text(body + "\n")
+        print(f"wrote {path}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
