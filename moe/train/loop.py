@@ -13,10 +13,11 @@ from moe.checkpoint.store import Store
 from moe.checkpoint.weights import save_weights
 from moe.data.corpus import Corpus, open_corpus, prepare
 from moe.data.loader import Loader
+from moe.data.tokenizer import Tokenizer
 from moe.engines import ENGINES
 from moe.engines.base import StepResult
 from moe.engines.schedule import learning_rate
-from moe.errors import NonFinite, Preempted
+from moe.errors import ConfigError, NonFinite, Preempted
 from moe.model.cost import cost, describe
 from moe.model.transformer import Transformer
 from moe.parallel.fingerprint import check_agreement
@@ -65,7 +66,9 @@ def train(recipe: Recipe) -> None:
     corpus = read_corpus(recipe, mesh, folder / "tokens")
     console.say(corpus.describe())
     with torch.device("meta"):
-        model = Transformer(recipe.model, recipe.model.vocab or corpus.tokenizer.vocab, seed=recipe.train.seed)
+        model = Transformer(
+            recipe.model, vocabulary(recipe, corpus.tokenizer), seed=recipe.train.seed, document_mask=recipe.data.document_mask
+        )
     price = cost(model, recipe.data.sequence)
     console.say(describe(price))
 
@@ -88,10 +91,11 @@ def train(recipe: Recipe) -> None:
             store.poll()
 
             step, last = progress.step, progress.step == steps
-            stopping = mesh.agree(stop.asked) and not last
+            stopping = bool(mesh.agree(stop.asked)) and not last
             console.advance(step)
             if due(step, recipe.log.every, last) or step == 1 or not result.applied:
                 row = row_of(result, step=step, lr=lr, model=model) | clock.read()
+                row |= {"tokens": progress.tokens, "epochs": round(max(loader.epochs.values()), 4)}
                 metrics.write(row)
                 console.step(row)
             if due(step, recipe.evaluate.every, last):
@@ -111,6 +115,16 @@ def train(recipe: Recipe) -> None:
     text = evaluation.sample(progress.step)
     metrics.close()
     console.summary(folder, text)
+
+
+def vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: the tokenizer's, or more where the recipe asks for them."""
+    asked = recipe.model.vocab
+    if asked is not None and asked < tokenizer.vocab:
+        raise ConfigError(
+            f"model.vocab={asked} is less than the tokenizer's {tokenizer.vocab} tokens; use null or at least {tokenizer.vocab}"
+        )
+    return asked or tokenizer.vocab
 
 
 def due(step: int, every: int, always: bool) -> bool:

@@ -133,7 +133,7 @@ def health(report: Report, k: int | None = None) -> dict[str, float]:
         "max_over_mean": (load.max() / mean).item(),
         "cv": (load.std(correction=0) / mean).item(),
         "dead": int((load == 0).sum()),
-        "auxiliary_loss": (report.loss / tokens).item(),
+        "auxiliary_loss": float(report.loss),
     }
     if k is not None:
         figures["drop_rate"] = 1 - load.sum().item() / (tokens * k)

@@ -12,6 +12,7 @@ from moe.data.tokenizer import open_tokenizer
 from moe.errors import ConfigError
 from moe.model.transformer import Transformer
 from moe.train.evaluate import continuation
+from moe.train.loop import vocabulary
 
 
 def open_model(folder: Path) -> tuple[Transformer, object]:
@@ -22,7 +23,7 @@ def open_model(folder: Path) -> tuple[Transformer, object]:
     tokenizer = open_tokenizer(recipe.data.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        model = Transformer(recipe.model, recipe.model.vocab or tokenizer.vocab, seed=recipe.train.seed)
+        model = Transformer(recipe.model, vocabulary(recipe, tokenizer))
     model = model.to_empty(device=device).eval()
     model.load_state_dict(load_weights(folder / "weights"))
     return model, tokenizer
