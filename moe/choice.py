@@ -24,13 +24,15 @@ def Choice(table: Mapping[str, str], what: str = "entry", *, given: tuple[str, .
     return Annotated[dict[str, Any], Entries(table, what, given, default)]
 
 
+_OPEN: set[int] = set()  # tables whose JSON schema is being written
+
+
 class Entries:
     """What pydantic needs to know of a `Choice`."""
 
     def __init__(self, table: Mapping[str, str], what: str, given: tuple[str, ...], default: str | None) -> None:
         self.table, self.what, self.given, self.default = table, what, given, default
         self._adapters: dict[str, Any] = {}
-        self._describing = False
 
     def options(self, name: str) -> dict[str, tuple[Any, Any]]:
         """Every option of an entry: (annotation, default), the default being `inspect.Parameter.empty` if there is none."""
@@ -42,6 +44,10 @@ class Entries:
             for p in inspect.signature(make).parameters.values()
             if p.name not in self.given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
         }
+
+    def options_of(self, value: Any) -> dict[str, tuple[Any, Any]]:
+        """The options of the entry that a valid or half-valid setting names."""
+        return self.options(value if isinstance(value, str) else value.get("name", self.default))
 
     def resolve(self, value: Any, mode: str = "python") -> dict[str, Any]:
         """The mapping with every option, from a name or from a mapping with some."""
@@ -83,16 +89,20 @@ class Entries:
         return core_schema.with_info_plain_validator_function(lambda value, info: self.resolve(value, info.mode))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        if self._describing:  # an entry that wraps one of its own table
+        if id(self.table) in _OPEN:  # an entry that wraps one of its own table
             return {"type": ["object", "string"]}
-        self._describing = True
-        branches = [self._branch(name, handler) for name in self.table]
-        self._describing = False
-        bare = {"type": "string", "enum": list(self.table)}
-        return {"oneOf": [*branches, bare]}
+        _OPEN.add(id(self.table))
+        try:
+            branches = [self._branch(name, handler) for name in self.table]
+        finally:
+            _OPEN.remove(id(self.table))
+        return {"oneOf": [*branches, {"type": "string", "enum": list(self.table)}]}
 
     def _branch(self, name: str, handler: Any) -> dict[str, Any]:
-        branch = dict(handler(self._adapter(name).core_schema))
+        try:
+            branch = dict(handler(self._adapter(name).core_schema))
+        except ImportError:  # its options cannot be known on this machine
+            return {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
         properties = {"name": {"const": name}} | branch.get("properties", {})
         required = ["name"]
         for option, (_, default) in self.options(name).items():

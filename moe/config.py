@@ -239,16 +239,14 @@ def _keys(form: type[Settings], path: Key, tree: Any) -> list[str]:
     """Names that may stand below `path`."""
     target: Any = form
     for part in path:
-        tree = tree[part]
-        if isinstance(part, int):
-            continue  # the target of a list is that of its entries
-        if isinstance(target, Entries):
-            target = _target(target.options(tree["name"])[part][0])
-        elif target is not None:
+        if isinstance(part, str) and isinstance(target, Entries):
+            target = _target(target.options_of(tree)[part][0])
+        elif isinstance(part, str) and target is not None:
             field = target.model_fields[part]
             target = _target(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+        tree = tree[part]  # a number leaves the target, because that of a list is that of its entries
     if isinstance(target, Entries):
-        return ["name", *target.options(tree["name"])]
+        return ["name", *target.options_of(tree)]
     return list(target.model_fields) if target else []
 
 
@@ -303,8 +301,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # quoted where our reader, unlike PyYAML's, would see a number
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _is_text(text) else '"')
+    # quoted where our reader, unlike PyYAML's, would see a number, and escaped where a line break could be lost
+    plain = _is_text(text) and text.isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 _Dumper.add_representer(str, _text_node)
