@@ -1,6 +1,6 @@
 """What a checkpoint's names cost: planning, saving and loading the experts of one large model under four key patterns.
 
-    python -m benchmarks.checkpoint_keys [--quick] [--json FILE]
+    python -m benchmarks.checkpoint_keys [--quick] [--ranks 2] [--json FILE]
 
 60 layers of 256 experts, each with weights and two moments, as tensors of a few bytes: what is timed is the bookkeeping, through the
 store's own planner, writer and reader. The patterns: a key for each of an expert's three matrices; a key for each expert;
@@ -35,7 +35,7 @@ from moe.checkpoint.reader import Reader, planner
 from moe.checkpoint.writer import Planner, Writer, stored
 
 EXPERTS, STATES = 256, ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-WIDTHS = {"matrix": 4, "expert": 4, "stack": 512, "stack, scattered owners": 512, "stack, scattered owners, narrow": 128}
+WIDTHS = {"stack": 512, "expert": 4, "stack, scattered owners": 512, "stack, scattered owners, narrow": 128, "matrix": 4}
 
 
 class OwnedExperts(torch.Tensor):
@@ -163,13 +163,14 @@ def run(pattern: str, world: int, layers: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="2 layers instead of 60, on 1 and 2 ranks")
+    parser.add_argument("--quick", action="store_true", help="2 layers instead of 60")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
-    layers, worlds = (2, (1, 2)) if options.quick else (60, (1, 2, 4))
+    layers = 2 if options.quick else 60
     rows = []
     for pattern in WIDTHS:
-        for world in worlds:
+        for world in options.ranks:
             rows.append(run(pattern, world, layers))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if options.json:

@@ -79,7 +79,8 @@ class Store:
         """Save a step; with `background`, return once the values are copied, and learn the outcome from `poll`.
 
         Raises the same error on every rank (NoSpace, CheckpointError, RankMismatch) and leaves earlier checkpoints as they
-        were. A committed step is never written into: the same content is kept, other content replaces it whole.
+        were; waits for the save before, and raises what that failed of if nobody has looked. A committed step is never written
+        into: the same content is kept, other content replaces it whole.
         """
         self.finish()
         state = dict(sorted(state.items()))
@@ -131,8 +132,7 @@ class Store:
         names that begin with it are compared and read.
         """
         self.finish()
-        found = self.ranks.first_does(lambda: (shelf.committed(self.folder), shelf.unfinished(self.folder)))
-        candidates, unfinished = found
+        candidates, unfinished = self.ranks.first_does(lambda: (shelf.committed(self.folder), shelf.unfinished(self.folder)))
         self.skipped = [f"{name}: its save did not finish" for name in unfinished]
         if step is not None and step not in candidates:
             raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; choose from {sorted(candidates) or 'none'}")
@@ -204,7 +204,8 @@ class Store:
                 written = self.ranks.together(lambda: writer.written(self.ranks.rank))
                 self.ranks.first_does(lambda: self._commit(job, writer, [file for files in written for file in files]))
             except NoSpace as error:
-                raise NoSpace(self.ranks.first_does(lambda: _full(job.step, self.folder, job.bytes, str(error)))) from None
+                reason = str(error)
+                raise NoSpace(self.ranks.first_does(lambda: _full(job.step, self.folder, job.bytes, reason))) from None
         self._parent = job.step
         if self.ranks.first:
             self._tidy(job.step)

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe.checkpoint.store import Store
 from moe.checkpoint.weights import load_weights, save_weights
+from moe.checkpoint.writer import local, share
 from moe.parallel.mesh import Mesh
 from tests.workers import run_ranks
 
@@ -81,6 +83,45 @@ def test_copies_of_a_shard_are_written_once(tmp_path):
     items = sum(2 if dim is not None else 1 for _, _, dim in SHAPES.values())
     assert expected < written < expected + items * 2048
     assert run_ranks(2, load_into, tmp_path, "sharded") == [({"loader": [1, 2], "lr": 0.1}, True)] * 2
+
+
+def shared_out(rank, world):
+    return {name: local(tensor) for name, tensor in share(sharded(values(), world, 2), rank, world).items()}
+
+
+def test_every_element_has_one_writer():
+    by_rank = run_ranks(4, shared_out)
+    assert sum(tensor.numel() for part in by_rank for tensor in part.values()) == sum(tensor.numel() for tensor in values().values())
+    assert all(by_rank)
+
+
+def train_and_save(rank, world, folder):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    store, kept = Store(folder, mesh_of(rank, world)), {}
+    for step in (1, 2, 3):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = {f"model.{name}": p for name, p in model.named_parameters()}
+        state |= {f"optimizer.exp_avg.{name}": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+        kept[step] = {name: tensor.detach().clone() for name, tensor in whole(state).items()}
+        store.save(step, state, {"step": step}, background=True)
+    store.finish()
+    store.load(state, step=2)
+    model(torch.ones(2, 6))
+    return kept, {name: tensor.detach().clone() for name, tensor in whole(state).items()}
+
+
+def test_an_fsdp2_model_is_saved_while_it_trains_on(tmp_path):
+    kept, back = run_ranks(2, train_and_save, tmp_path)[0]
+    assert all(torch.equal(back[name], tensor) for name, tensor in kept[2].items())
+    for step, state in kept.items():
+        found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        assert Store(tmp_path).load(found, step=step) == {"step": step}
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def save_plain(rank, world, folder):
