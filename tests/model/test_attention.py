@@ -84,6 +84,24 @@ def test_the_block_mask_of_an_accelerator_lets_the_same_positions_through(window
     torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+def test_block_masks_give_on_a_gpu_what_dense_masks_give_on_a_cpu(window):
+    layer = Attention(64, HEADS, kv_heads=KV, head_dim=32)
+    document = torch.randint(2, (2, 200)).cumsum(1)
+    x = torch.randn(2, 200, 64)
+    cos, sin = Rotary(32)(torch.arange(200).expand(2, 200), torch.float32)
+    tokens = Tokens.of(torch.zeros(400, 1))
+    expected = layer(x, Context(cos, sin, attention_mask(200, 200, CPU, window=window, document=document), tokens))
+    (wanted,) = torch.autograd.grad(expected.square().sum(), layer.k.weight)
+    layer.cuda()
+    mask = attention_mask(200, 200, torch.device("cuda"), window=window, document=document.cuda())
+    assert not isinstance(mask, Tensor)
+    out = layer(x.cuda(), Context(cos.cuda(), sin.cuda(), mask, tokens))
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), layer.k.weight)[0].cpu(), wanted, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_cache_gives_what_the_whole_sequence_gives(window):
     layer, x, cache = attention(), torch.randn(2, 11, D, dtype=torch.float64), Cache()
