@@ -156,7 +156,7 @@ _NOUNS = {
 
 def _sentences(error: ValidationError, form: type[Settings], tree: dict[str, Any], places: Places) -> Iterator[str]:
     for problem in error.errors(include_url=False):
-        path = _path(problem["loc"], tree)
+        path = problem["loc"] if problem["type"] == "missing" else _path(problem["loc"], tree)
         known = [path[:n] for n in range(len(path), 0, -1) if path[:n] in places]
         place = f"{places[known[0]]}: " if known else ""
         yield place + _sentence(problem, path, form, tree)
@@ -228,7 +228,7 @@ def _is_text(text: str) -> bool:
 def _remedy(form: type[Settings], path: Key, tree: dict[str, Any]) -> str:
     *sections, name = path
     siblings, prefix = _keys(form, tuple(sections), tree), dotted((*sections, ""))
-    close = [prefix + key for key in difflib.get_close_matches(str(name), siblings, n=2)]
+    close = [prefix + key for key in difflib.get_close_matches(str(name), siblings, n=2, cutoff=0.65)]
     leaves = list(_leaves(form))
     close = close or [leaf for leaf in leaves if leaf.endswith(f".{name}")][:3]
     close = close or difflib.get_close_matches(dotted(path), leaves, n=1, cutoff=0.8)

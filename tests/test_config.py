@@ -292,7 +292,7 @@ def random_picture(rng: random.Random) -> Picture:
 
 def test_what_is_dumped_loads_back_to_the_same_object(tmp_path):
     path, rng = tmp_path / "dump.yaml", random.Random(0)
-    for _ in range(300):
+    for _ in range(150):
         picture = random_picture(rng)
         path.write_text(dump(picture), encoding="utf-8", newline="")
         assert load([path], [], Picture) == picture
