@@ -1,10 +1,11 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: `setup run` or `setup dev` makes .venv from pyproject.toml, once.
 #
 # An importable torch >= 2.11 of the chosen Python is used as it is (PYTHON=… chooses). PIP_* settings reach pip untouched:
 # PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT … decide where packages come from.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
+cd "$ROOT" || exit
 
 say() { printf '%s\n' "$*" >&2; }
 
