@@ -46,7 +46,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], Places]:
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes, which no recipe is; give a YAML file of settings")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8 text; save the file as UTF-8") from None

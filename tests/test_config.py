@@ -269,6 +269,15 @@ def test_a_place_is_that_of_the_file_which_gave_the_value(tmp_path):
     assert str(error.value).startswith(f"{tmp_path}/b.yaml:5: tags.2=2 is not text")
 
 
+def test_a_replaced_value_is_no_longer_where_it_was(tmp_path):
+    (tmp_path / "a.yaml").write_text("shapes: [{name: box, width: 1}]\n")
+    (tmp_path / "b.yaml").write_text("\nshapes: [box]\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml:2: shapes\.0\.width is missing"):
+        load([tmp_path / "a.yaml", tmp_path / "b.yaml"], [], Picture)
+    with pytest.raises(ConfigError, match=r"command line: shapes\.0\.width is missing"):
+        load([tmp_path / "a.yaml"], ["shapes=[box]"], Picture)
+
+
 AWKWARD = ["1e-3", "no", "null", "~", "010", "0x1", ".nan", "-", "a: b", "# c", "", " x ", "two\nlines\n", "\r", "é…\u2028"]
 AWKWARD += ["\x07", "*a", "12:30", "1_0", "'", '"', "\ufeff", "😀"]
 

@@ -144,6 +144,8 @@ def test_a_batch_that_ranks_cannot_share_names_what_fits():
         Layout().check(3, batch=16, accumulate=2)
     assert "train.batch=16 does not split over 3 ranks in train.accumulate=2 micro-batches each" in str(error.value)
     assert "choose train.batch=12 or 18, or a number of ranks from 1, 2, 4, 8" in str(error.value)
+    with pytest.raises(ConfigError, match=r"choose train.batch=32, or a number of ranks from 1, 2$"):
+        Layout().check(4, batch=16, accumulate=8)
     with pytest.raises(ConfigError, match=r"choose train.batch=32,"):
         Layout().check(32, batch=16, accumulate=1)
 
