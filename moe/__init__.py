@@ -19,7 +19,7 @@ _PUBLIC = {  # loaded on first use: importing `moe` imports no torch
     "Transformer": "moe.model.transformer",
     "train": "moe.train.loop",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -9,16 +9,21 @@ Kernels and routers must import on a machine that has torch and nothing else, so
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 __all__ = ["Bool", "Float", "Int"]
 
-try:
+if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-except ImportError:
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ImportError:
 
-    class Float:  # type: ignore[no-redef]
-        """Stand-in: `Float[Tensor, "t d"]` is `Tensor`."""
+        class Float:
+            """Stand-in: `Float[Tensor, "t d"]` is `Tensor`."""
 
-        def __class_getitem__(cls, item):
-            return item[0]
+            def __class_getitem__(cls, item):
+                return item[0]
 
-    Bool = Int = Float  # type: ignore[misc]
+        Bool = Int = Float

@@ -65,10 +65,7 @@ def train(recipe: Recipe) -> None:
 
     corpus = read_corpus(recipe, mesh, folder / "tokens")
     console.say(corpus.describe())
-    with torch.device("meta"):
-        model = Transformer(
-            recipe.model, vocabulary(recipe, corpus.tokenizer), seed=recipe.train.seed, document_mask=recipe.data.document_mask
-        )
+    model = build_model(recipe, corpus.tokenizer)
     price = cost(model, recipe.data.sequence)
     console.say(describe(price))
 
@@ -117,16 +114,6 @@ def train(recipe: Recipe) -> None:
     console.summary(folder, text)
 
 
-def vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding: the tokenizer's, or more where the recipe asks for them."""
-    asked = recipe.model.vocab
-    if asked is not None and asked < tokenizer.vocab:
-        raise ConfigError(
-            f"model.vocab={asked} is less than the tokenizer's {tokenizer.vocab} tokens; use null or at least {tokenizer.vocab}"
-        )
-    return asked or tokenizer.vocab
-
-
 def due(step: int, every: int, always: bool) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return always or step % every == 0
@@ -137,6 +124,17 @@ def read_corpus(recipe: Recipe, mesh: Mesh, folder: Path) -> Corpus:
     data = recipe.data
     mesh.first_does(lambda: prepare(data.sources, data.tokenizer, folder, validation=data.validation))
     return open_corpus(folder)
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
+    """The recipe's model as a shape, on the meta device."""
+    asked = recipe.model.vocab
+    if asked is not None and asked < tokenizer.vocab:
+        raise ConfigError(
+            f"model.vocab={asked} is less than the tokenizer's {tokenizer.vocab} tokens; use null or at least {tokenizer.vocab}"
+        )
+    with torch.device("meta"):
+        return Transformer(recipe.model, asked or tokenizer.vocab, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
 
 
 def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:

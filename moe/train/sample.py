@@ -6,26 +6,30 @@ from pathlib import Path
 
 import torch
 
+from moe.checkpoint.store import Store
 from moe.checkpoint.weights import load_weights
 from moe.config import load
-from moe.data.tokenizer import open_tokenizer
+from moe.data.corpus import open_corpus
+from moe.data.tokenizer import Tokenizer
 from moe.errors import ConfigError
 from moe.model.transformer import Transformer
 from moe.train.evaluate import continuation
-from moe.train.loop import vocabulary
+from moe.train.loop import build_model
 
 
-def open_model(folder: Path) -> tuple[Transformer, object]:
-    """The model of a run with its final weights, and its tokenizer."""
+def open_model(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """The model of a run, and its tokenizer: final weights, or those of the newest checkpoint while it trains."""
     if not (folder / "recipe.yaml").is_file():
         raise ConfigError(f"{folder} holds no run (there is no recipe.yaml); give the folder that `moe train` named at its end")
     recipe = load([folder / "recipe.yaml"], [])
-    tokenizer = open_tokenizer(recipe.data.tokenizer)
+    tokenizer = open_corpus(folder / "tokens").tokenizer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.device("meta"):
-        model = Transformer(recipe.model, vocabulary(recipe, tokenizer))
-    model = model.to_empty(device=device).eval()
-    model.load_state_dict(load_weights(folder / "weights"))
+    model = build_model(recipe, tokenizer).to_empty(device=device).eval()
+    if (folder / "weights").is_dir():
+        model.load_state_dict(load_weights(folder / "weights"))
+    else:
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        Store(folder / "checkpoints").load(state, prefix="model.")
     return model, tokenizer
 
 
