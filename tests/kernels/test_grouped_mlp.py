@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_no_row_at_all_keeps_the_graph_and_gives_zero_gradients(name):
 
 
 @every_backend
+def test_the_expanded_gradient_of_a_sum_is_taken(name):
+    leaves, (index, counts, slots) = case([3, 0, 5], dtype=torch.float32)
+    results = []
+    for reduce in (torch.Tensor.sum, lambda y: (y * torch.ones_like(y)).sum()):
+        y = backend(name)(Rows(leaves[0], index, leaves[1], counts, slots), ExpertWeights(*leaves[2:]), "silu")
+        results.append(torch.autograd.grad(reduce(y), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_grouped_products_are_left_to_aligned_weights():
+    buffer, index = torch.zeros(2 * 4 * 8 + 1), torch.zeros(3, dtype=torch.int64)
+    aligned, shifted = buffer[:-1].view(2, 4, 8), buffer[1:].view(2, 4, 8)
+    assert grouped._fits(index, aligned, aligned)
+    assert not grouped._fits(index, aligned, shifted)
+    assert not grouped._fits(index, aligned.double(), aligned.double())
+
+
+@every_backend
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_evaluation_gives_the_bits_of_training(name, context):
     (x, weight, up, down), (index, counts, slots) = case([7, 0, 6], k=1)
@@ -226,6 +245,8 @@ def test_experts_shared_out_over_threads_give_the_defined_output_and_gradients(r
     compare("threads", *case(ROUTINGS[routing]))
     compare("threads", *case(ROUTINGS[routing], dropped=3, dtype=torch.float64))
     assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(lambda: (torch.ones(2).sum(), torch.get_num_threads())).result()[1] == 3
 
 
 @pytest.mark.usefixtures("three_threads")

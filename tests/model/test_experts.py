@@ -82,6 +82,7 @@ def test_where_no_gradient_is_kept_autograd_brings_it_and_calls_its_hooks(backen
     assert {id(p) for p in heard} == {id(p) for p in module.parameters()}
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of a gradient asked from what has none
 @pytest.mark.parametrize("backend", IN_PLACE)
 def test_gradients_of_gathered_weights_flow_through_the_seam(backend):
     plain, gathered = experts(backend), experts(backend)
