@@ -58,6 +58,14 @@ for line in open(sys.argv[1]):
 PYTHON
 }
 
+# Let .venv import what the given Python has, after its own packages.
+borrow_packages() {
+    local theirs ours
+    theirs="$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    ours="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    printf '%s\n' "$theirs" >"$ours/borrowed.pth"
+}
+
 setup() {
     local extra="$1" constraints="launch/constraints-cpu.txt" target="." stamp key python torch=""
     [[ "$extra" == dev ]] && target=".[dev]"
@@ -77,6 +85,8 @@ setup() {
         "$python" -m venv ${torch:+--system-site-packages} .venv </dev/null ||
             fail "$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv"
         if [[ -n "$torch" ]]; then
+            # a virtual environment made from another one sees the system below, not the other one
+            [[ -n "$(torch_of .venv/bin/python)" ]] || borrow_packages "$python"
             borrowed_constraints "$python" "$constraints" "$torch" >.venv/constraints.txt
         else
             cp "$constraints" .venv/constraints.txt
