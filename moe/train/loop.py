@@ -18,6 +18,7 @@ from moe.engines import ENGINES
 from moe.engines.base import StepResult
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError, NonFinite, Preempted
+from moe.kernels.memory import keep_freed_memory
 from moe.model.cost import cost, describe
 from moe.model.transformer import Transformer
 from moe.parallel.fingerprint import check_agreement
@@ -55,9 +56,7 @@ class Progress:
 
 def train(recipe: Recipe) -> None:
     """Run a recipe to its end, going on from its newest checkpoint if it has one."""
-    mesh = start(recipe.parallel)
-    recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
-    check_agreement(mesh, {key: repr(value) for key, value in flatten(recipe.model_dump()).items()})
+    mesh = join(recipe)
     stop = StopSignal()
     console = Console(first=mesh.first)
     folder = Path(recipe.run.folder)
@@ -112,6 +111,16 @@ def train(recipe: Recipe) -> None:
     text = evaluation.sample(progress.step)
     metrics.close()
     console.summary(folder, text)
+
+
+def join(recipe: Recipe) -> Mesh:
+    """Join the job's ranks, once they agree on what to do and their number allows it."""
+    mesh = start(recipe.parallel)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
+    recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
+    check_agreement(mesh, {key: repr(value) for key, value in flatten(recipe.model_dump()).items()})
+    return mesh
 
 
 def due(step: int, every: int, always: bool) -> bool:
