@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -67,15 +67,17 @@ class DDP(Engine):
             bucket.sum.zero_()
 
     def _listen(self) -> None:
-        """Hear of every gradient: from autograd, or from a backend of experts that adds to the kept ones by itself."""
-        arrived: dict[Tensor, Callable[[Tensor], None]] = {}
+        """Hear from autograd of every gradient; backends of experts may add to the kept ones by themselves.
+
+        Their word would come too early for weights that two layers share. Where autograd is silent about gradients that it did
+        not add, their buckets travel after the backward pass.
+        """
         for bucket in self.buckets:
             for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
-                arrived[p] = partial(self._arrived, bucket, total if p is not master else None)
-                p.register_post_accumulate_grad_hook(arrived[p])
+                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, total if p is not master else None))
         for module in self.model.modules():
             if isinstance(module, Experts):
-                module.arrived = lambda p: arrived[p](p)
+                module.in_place = True
 
     def _arrived(self, bucket: Bucket, total: Tensor | None, p: Tensor) -> None:
         """A gradient is ready; it lies in its bucket already, or has to be added to `total` there."""
@@ -83,7 +85,7 @@ class DDP(Engine):
             total += p.grad
             p.grad = None
         if self.last:
-            bucket.missing.discard(p)  # no counter: a backend and, in some versions of torch, autograd both tell of the same one
+            bucket.missing.remove(p)
             self._start()
 
     def _start(self, everything: bool = False) -> None:

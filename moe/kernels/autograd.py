@@ -36,17 +36,19 @@ def grouped_mlp(module: str, rows: Rows, weights: ExpertWeights, activation: str
     """`reference.grouped_mlp` computed by the backend in `module`."""
     differentiable = (rows.x, rows.weight, weights.up, weights.down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return _ExpertMLP.apply(*differentiable, rows.index, rows.counts, rows.slots, module, activation, keep, weights.arrived)
+    return _ExpertMLP.apply(*differentiable, rows.index, rows.counts, rows.slots, module, activation, keep, weights.in_place)
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, up, down, index, counts, slots, module, activation, keep, arrived):
+    def forward(ctx, x, weight, up, down, index, counts, slots, module, activation, keep, in_place):
         forward = _forward if torch.compiler.is_compiling() else importlib.import_module(module).forward
         chosen = (module,) if torch.compiler.is_compiling() else ()
         y, hidden = forward(*chosen, x, index, weight, counts, up, down, activation, keep)
         ctx.save_for_backward(x, weight, up, down, index, counts, slots, hidden)
-        ctx.module, ctx.activation, ctx.arrived = module, activation, arrived
+        ctx.module, ctx.activation, ctx.kept = module, activation, None
+        if in_place and up.is_leaf and down.is_leaf and not torch.compiler.is_compiling():
+            ctx.kept = up, down  # recomputation brings saved tensors back as copies without a gradient to add to
         return y
 
     @staticmethod
@@ -56,10 +58,8 @@ class _ExpertMLP(torch.autograd.Function):
         given = (grad.contiguous(), hidden, x, index, weight, counts, up, down, ctx.activation)
         if torch.compiler.is_compiling():
             dx, dweight, dup, ddown = _backward(ctx.module, *given)
-        elif ctx.arrived is not None and up.is_leaf and up.grad is not None and down.grad is not None:
-            dx, dweight, _, _ = importlib.import_module(ctx.module).backward(*given, up.grad, down.grad)
-            ctx.arrived(up)
-            ctx.arrived(down)
+        elif all(ctx.needs_input_grad[2:4]) and ctx.kept and all(p.grad is not None for p in ctx.kept):
+            dx, dweight, _, _ = importlib.import_module(ctx.module).backward(*given, *(p.grad for p in ctx.kept))
             dup = ddown = None
         else:
             dx, dweight, dup, ddown = importlib.import_module(ctx.module).backward(*given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,9 @@ class ExpertWeights(NamedTuple):
     up: Float[Tensor, "E g f d"]
     down: Float[Tensor, "E d f"]
     # Set by an engine that keeps gradients from step to step: where up.grad and down.grad exist, a backend may add to them
-    # in place, return none, and say so by arrived(parameter), because autograd's own hooks then stay silent.
-    arrived: Callable[[Tensor], None] | None = None
+    # and return none, in torch.autograd.grad too. Whether autograd's hooks then run is up to the version of torch; if they
+    # do (2.13), then after the last use of a parameter in the backward pass.
+    in_place: bool = False
 
 
 ACTIVATIONS = {

@@ -36,11 +36,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         # The seam through which weights move: FSSDP replaces it by a sparse all-gather.
         self.gather: Callable[[ExpertWeights], ExpertWeights] = lambda weights: weights
-        # See ExpertWeights.arrived; for engines whose parameters are the ones used here, once a forward.
-        self.arrived: Callable[[Tensor], None] | None = None
+        # See ExpertWeights.in_place; for engines whose parameters are the ones used here.
+        self.in_place = False
 
     def forward(self, rows: Rows) -> Float[Tensor, "n d"]:
         weights = self.gather(ExpertWeights(self.up, self.down))
         dtype = rows.x.dtype
-        weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.arrived)
+        weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.in_place)
         return self.grouped_mlp(rows, weights, self.activation)

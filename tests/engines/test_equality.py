@@ -10,7 +10,7 @@ import torch
 from moe.engines import ddp
 from moe.model.generate import generate
 from moe.model.settings import Moe
-from tests.engines.tiny_job import ROUTER, batch, difference, engine, same, train, whole
+from tests.engines.tiny_job import ROUTER, batch, difference, engine, model, same, train, whole
 from tests.workers import run_ranks
 
 ADAMW = {"optimizer": "adamw", "clip": 0.5, "lr": 1e-2}
@@ -111,6 +111,23 @@ def test_a_backend_that_adds_to_kept_gradients_counts_every_one_of_them_once():
     reference, *others = run_ranks(2, backends)[0]
     for run in others:
         assert difference(run, reference) < 1e-12
+
+
+def shared_experts(rank, world, backend):
+    """Two layers with the same experts, whose gradients are whole only when both have added theirs."""
+    ddp._BUCKET_BYTES = 2000
+    runs = []
+    for accumulate in (1, 2):
+        shape = model()
+        shape.layers[1].moe.experts = shape.layers[0].moe.experts
+        runs.append(train(engine("ddp", accumulate=accumulate, backend=backend, built=shape), range(3), 1e-2))
+    return runs
+
+
+@pytest.mark.parametrize("backend", ["torch", "threads"])
+def test_weights_that_layers_share_travel_when_the_last_layer_has_added_its_gradient(backend):
+    for two, alone in zip(run_ranks(2, shared_experts, backend)[0], run_ranks(1, shared_experts, "reference")[0], strict=True):
+        assert difference(two, alone) < 1e-12
 
 
 def predicted(rank, world, name):

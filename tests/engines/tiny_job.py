@@ -81,10 +81,11 @@ def engine(
     recompute: str = "none",
     compile: bool = False,
     replicas: int = 1,
+    built: Transformer | None = None,
     **shape: Any,
 ) -> Any:
     return entry(ENGINES, name, "engine")(
-        model(**shape),
+        built or model(**shape),
         replace(mesh(), replicas=replicas),
         optimizer=Optimizer(name=optimizer, **({} if optimizer == "adamw" else {"momentum": momentum})),
         engine=Engine(name=name, recompute=recompute, compile=compile),
