@@ -44,8 +44,9 @@ def sample(
     if temperature == 0:
         return scores.argmax(-1, keepdim=True)
     probability, token = (scores / temperature).softmax(-1).sort(stable=True, descending=True)
-    # a token is kept if those before it have less than top_p: the first always is
-    probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0)
+    # a token is kept if those before it have less than top_p, and the first always is
+    rest = probability[:, 1:]
+    rest.masked_fill_(probability.cumsum(-1)[:, :-1] >= top_p, 0)
     device = scores.device if generator is None else generator.device
     choice = torch.multinomial(probability.to(device), 1, generator=generator).to(scores.device)
     return token.gather(-1, choice)

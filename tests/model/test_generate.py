@@ -48,4 +48,5 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     probability = torch.tensor([0.1, 0.4, 0.2, 0.3])
     kept = shares(probability.log()[None], temperature=1.0, top_p=0.65)
     torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=0.015, rtol=0)
-    assert shares(probability.log()[None], temperature=1.0, top_p=1e-9)[1] == 1
+    for least in (1e-9, 0.0):
+        assert shares(probability.log()[None], temperature=1.0, top_p=least)[1] == 1
