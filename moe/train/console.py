@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +11,17 @@ from textwrap import indent
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from moe.train.inspect import health_line, inspect
+
+
+class Warnings(logging.Handler):
+    """Prints what the package warns of, above the live line where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 class Console:
@@ -20,6 +30,8 @@ class Console:
     def __init__(self, *, first: bool) -> None:
         self.terminal = Terminal(quiet=not first, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
+        log = logging.getLogger("moe")
+        log.handlers, log.propagate = [Warnings()], False
 
     def say(self, text: str) -> None:
         self.terminal.print(text, markup=False)
@@ -30,13 +42,13 @@ class Console:
         if not self.terminal.is_terminal or self.terminal.quiet:
             yield
             return
+        fixed = Column(no_wrap=True)
+        bar = [BarColumn(24)] if self.terminal.width >= 120 else []  # where it would push the figures off the line
         columns = (
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            *bar,
+            MofNCompleteColumn(table_column=fixed),
+            TimeRemainingColumn(table_column=fixed),
+            TextColumn("left  {task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
         with Progress(*columns, console=self.terminal) as self.bar:
             self.task = self.bar.add_task("steps", total=steps, completed=done, figures="")
@@ -48,11 +60,12 @@ class Console:
             self.bar.update(self.task, completed=step)
 
     def step(self, row: dict[str, Any]) -> None:
-        figures = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        lr = "" if self.bar is not None else f"  lr {row['lr']:.2e}"  # the live line has to fit 80 columns
+        figures = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}{lr}  {row['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in row:
             figures += f"  mfu {row['mfu']:.1%}"
         if row.get("layers"):
-            figures += f"  load max/mean {max(layer['max_over_mean'] for layer in row['layers'].values()):.2f}"
+            figures += f"  load {max(layer['max_over_mean'] for layer in row['layers'].values()):.2f}x"
         if not row["applied"]:
             figures += "  SKIPPED: loss or gradient was not finite"
         if self.bar is not None:
@@ -75,5 +88,6 @@ class Console:
         self.say(f"validation {validation['validation_loss']:.4f}, {validation['bits_per_byte']:.3f} bits per byte")
         self.say(f"speed {facts['tokens_per_second']:,.0f} tokens/s")
         self.say(health_line(facts["layers"]))
-        self.say(f"sample\n{indent(sample, '    ')}")
+        if sample:
+            self.say(f"sample\n{indent(sample, '    ')}")
         self.say(f"run {folder.resolve()}")

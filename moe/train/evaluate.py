@@ -68,8 +68,13 @@ class Evaluation:
         return (total[0] / total[1]).item()
 
     def sample(self, step: int) -> str:
-        """Text from the model after the recipe's prompt, kept in samples/; every rank takes part, the first writes."""
+        """Text from the model after the recipe's prompt, kept in samples/; every rank takes part, the first writes.
+
+        Empty if the recipe asks for no sample.
+        """
         settings = self.recipe.evaluate
+        if not settings.sample_tokens:
+            return ""
         text = settings.prompt + continuation(
             self.engine.model, self.corpus.tokenizer, settings.prompt, settings.sample_tokens, seed=self.recipe.train.seed
         )
