@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 
 import moe
 from moe.config import dump, load
-from moe.errors import ConfigError
+from moe.errors import ConfigError, NoSpace
 from moe.recipe import Recipe
 
 # What may differ from the recipe a run began with: it changes how the run is carried out, not what is learned.
@@ -26,6 +29,7 @@ FREE = (
     "checkpoint",
     "evaluate",
     "log",
+    "model.moe.backend",
     "train.accumulate",
     "train.steps",
     "train.skip_limit",
@@ -34,10 +38,13 @@ FREE = (
 
 
 def open_folder(recipe: Recipe) -> Path:
-    """Make the run's folder, or go on in one that was begun with the same recipe; writes recipe and environment."""
+    """Make the run's folder, or go on in one that was begun with the same recipe; writes recipe and environment.
+
+    A start that failed before its first step binds the folder to nothing.
+    """
     folder = Path(recipe.run.folder)
     known = folder / "recipe.yaml"
-    if known.exists():
+    if known.exists() and begun(folder):
         differing = differences(load([known], []), recipe)
         if differing:
             key, before, now = differing[0]
@@ -45,13 +52,20 @@ def open_folder(recipe: Recipe) -> Path:
             raise ConfigError(
                 f"{folder} holds a run of another recipe: {key} was {before!r} and is now {now!r}{more}; set run.folder to a new folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not known.exists():
         raise ConfigError(f"{folder} is not empty and holds no run; set run.folder to a new folder")
-    for part in ("checkpoints", "samples"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
     write_whole(known, dump(recipe))
     write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return folder
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run's folder holds anything that was learned."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
@@ -110,5 +124,21 @@ def commit() -> str | None:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file in one step, so that a kill leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path`, in a run's folder, into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{path} cannot be written, because the disk is full; free some space, and the same command goes on") from None
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); set run.folder to a folder that can") from None

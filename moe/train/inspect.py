@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from moe.config import load
 from moe.errors import ConfigError
 from moe.train.metrics import read
 
@@ -20,15 +20,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     recipe_file = folder / "recipe.yaml"
     if not recipe_file.is_file():
         raise ConfigError(f"{folder} holds no run (there is no recipe.yaml); give the folder that `moe train` named at its end")
-    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe = load([recipe_file], []).model_dump(mode="json")
     rows = list(read(folder / "metrics.jsonl"))
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "validation_loss" in row]
-    environment = folder / "environment.json"
     facts: dict[str, Any] = {
         "folder": str(folder),
         "recipe": recipe,
-        "environment": json.loads(environment.read_text()) if environment.is_file() else {},
+        "model": _json(folder / "model.json"),
+        "environment": _json(folder / "environment.json"),
         "steps": {"done": training[-1]["step"] if training else 0, "planned": recipe["train"]["steps"]},
         "skipped": sum(not row.get("applied", True) for row in training),
         "checkpoints": sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-????????")),
@@ -40,10 +40,15 @@ def inspect(folder: Path) -> dict[str, Any]:
         facts["tokens_per_second"] = rates[len(rates) // 2]
         facts["memory_gib"] = max(row["memory_gib"] for row in training)
         facts["layers"] = training[-1].get("layers", {})
+        facts |= {name: training[-1][name] for name in ("tokens", "tokens_by_source", "epochs") if name in training[-1]}
     if validation:
         best = min(validation, key=lambda row: row["bits_per_byte"])
         facts["validation"] = {"last": validation[-1], "best": best}
     return facts
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def health_line(layers: dict[str, dict[str, float]]) -> str:
@@ -54,7 +59,7 @@ def health_line(layers: dict[str, dict[str, float]]) -> str:
     cv = sum(layer["cv"] for layer in layers.values()) / len(layers)
     dead = int(sum(layer["dead"] for layer in layers.values()))
     drops = max(layer.get("drop_rate", 0.0) for layer in layers.values())
-    return f"routing: fullest expert {worst:.2f}x the mean, CV {cv:.2f}, dead experts {dead}, dropped {drops:.1%} ({len(layers)} layers)"
+    return f"routing: fullest expert {worst:.2f}x the mean, CV {cv:.2f}, {dead} dead, dropped {drops:.1%} ({len(layers)} layers)"
 
 
 def show(facts: dict[str, Any], console: Console | None = None) -> None:
@@ -66,9 +71,14 @@ def show(facts: dict[str, Any], console: Console | None = None) -> None:
     if moe:
         shape += f", {moe['experts']} experts of width {moe['d_expert']}, router {_router(moe['router'])}"
     lines.add_row("model", shape)
+    if price := facts["model"]:
+        lines.add_row("size", f"{price['parameters']:,} parameters, {price['active']:,} active a token")
     lines.add_row(
         "steps", f"{facts['steps']['done']} of {facts['steps']['planned']}" + (f", {facts['skipped']} skipped" if facts["skipped"] else "")
     )
+    if "tokens_by_source" in facts:
+        read_so_far = ", ".join(f"{name} {tokens:,} tokens" for name, tokens in facts["tokens_by_source"].items())
+        lines.add_row("data", f"{read_so_far}; {facts['epochs']:.2f} epochs" + (" at most" if len(facts["tokens_by_source"]) > 1 else ""))
     if "loss" in facts:
         lines.add_row("loss", f"{facts['loss']['first']:.4f} → {facts['loss']['last']:.4f}")
     if "validation" in facts:
@@ -80,6 +90,7 @@ def show(facts: dict[str, Any], console: Console | None = None) -> None:
     if "tokens_per_second" in facts:
         lines.add_row("speed", f"{facts['tokens_per_second']:,.0f} tokens/s, peak memory {facts['memory_gib']:.2f} GiB a rank")
     lines.add_row("checkpoints", ", ".join(map(str, facts["checkpoints"])) or "none")
+    lines.add_row("samples", ", ".join(Path(sample).name for sample in facts["samples"]) or "none")
     environment = facts["environment"]
     if environment:
         lines.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from moe.recipe import Recipe
 from moe.tables import entry
 from moe.train.console import Console
 from moe.train.evaluate import Evaluation
-from moe.train.folder import flatten, open_folder
+from moe.train.folder import flatten, open_folder, write_whole
 from moe.train.metrics import Clock, Metrics, row_of
 
 
@@ -67,11 +68,12 @@ def train(recipe: Recipe) -> None:
     model = build_model(recipe, corpus.tokenizer)
     price = cost(model, recipe.data.sequence)
     console.say(describe(price))
+    mesh.first_does(lambda: write_whole(folder / "model.json", json.dumps(price._asdict()) + "\n"))
 
     engine = build_engine(recipe, model, mesh)
     loader = build_loader(recipe, corpus, mesh)
     store = Store(folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, durable_every=recipe.checkpoint.durable_every)
-    progress = restore(store, engine, loader, console)
+    progress = restore(store, engine, loader, console, recipe.train.steps)
     metrics = Metrics(folder, recipe.log, first=mesh.first, from_step=progress.step)
     evaluation = Evaluation(recipe, corpus, engine, mesh, folder)
     clock = Clock(price.training_flops, recipe.train.dtype, mesh.world, mesh.device)
@@ -90,8 +92,7 @@ def train(recipe: Recipe) -> None:
             stopping = bool(mesh.agree(stop.asked)) and not last
             console.advance(step)
             if due(step, recipe.log.every, last) or step == 1 or not result.applied:
-                row = row_of(result, step=step, lr=lr, model=model) | clock.read()
-                row |= {"tokens": progress.tokens, "epochs": round(max(loader.epochs.values()), 4)}
+                row = row_of(result, step=step, lr=lr, model=model) | clock.read() | seen(progress, loader)
                 metrics.write(row)
                 console.step(row)
             if due(step, recipe.evaluate.every, last):
@@ -126,6 +127,11 @@ def join(recipe: Recipe) -> Mesh:
 def due(step: int, every: int, always: bool) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return always or step % every == 0
+
+
+def seen(progress: Progress, loader: Loader) -> dict[str, Any]:
+    """What has been read so far: tokens, tokens by source, and how often the most-read source has been."""
+    return {"tokens": progress.tokens, "tokens_by_source": loader.tokens_seen, "epochs": round(max(loader.epochs.values()), 4)}
 
 
 def read_corpus(recipe: Recipe, mesh: Mesh, folder: Path) -> Corpus:
@@ -174,7 +180,7 @@ def build_loader(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> Loader:
     )
 
 
-def restore(store: Store, engine: Any, loader: Loader, console: Console) -> Progress:
+def restore(store: Store, engine: Any, loader: Loader, console: Console, steps: int) -> Progress:
     """Progress of the newest checkpoint, with engine and loader brought to it; of step 0 if there is none."""
     if not store.steps():
         return Progress()
@@ -183,7 +189,10 @@ def restore(store: Store, engine: Any, loader: Loader, console: Console) -> Prog
     engine.load_canonical(state)
     loader.restore(scalars["loader"])
     progress = Progress(**scalars["progress"])
-    console.say(f"going on from step {progress.step}")
+    if progress.step < steps:
+        console.say(f"going on from step {progress.step}")
+    else:
+        console.say(f"step {progress.step} was reached before, and train.steps={steps} asks for no more; raise train.steps to train on")
     return progress
 
 

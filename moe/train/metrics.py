@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from moe.engines.base import StepResult
-from moe.errors import ConfigError
+from moe.errors import ConfigError, DataError
 from moe.model.moe_layer import Report
 from moe.model.transformer import Transformer
 from moe.recipe import Log
+from moe.train.folder import writing
 
 # Dense peak of one device in FLOP/s, by a part of its name (vendors' data sheets: bfloat16, and float32 without TF32).
 PEAK_FLOPS = {
@@ -35,8 +36,9 @@ class Metrics:
         if not first:
             self.file = None
             return
-        _forget_after(self.path, from_step)
-        self.file = self.path.open("a")
+        with writing(self.path):
+            _forget_after(self.path, from_step)
+            self.file = self.path.open("a")
         if log.tensorboard:
             self.mirrors.append(_TensorBoard(folder / "tensorboard"))
         if log.wandb_project:
@@ -45,8 +47,9 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         for mirror in self.mirrors:
             mirror.write(row)
 
@@ -62,9 +65,13 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
                 yield json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}:{number} is no row of figures, {line[:30]!r}; remove that line") from None
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -21,6 +21,8 @@ def open_model(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The model of a run, and its tokenizer: final weights, or those of the newest checkpoint while it trains."""
     if not (folder / "recipe.yaml").is_file():
         raise ConfigError(f"{folder} holds no run (there is no recipe.yaml); give the folder that `moe train` named at its end")
+    if not (folder / "tokens").is_dir():
+        raise ConfigError(f"{folder} holds a run that stopped before it had read its data; train it first, with the command that began it")
     recipe = load([folder / "recipe.yaml"], [])
     tokenizer = open_corpus(folder / "tokens").tokenizer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -83,3 +83,17 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_a_folder_keeps_its_recipe(rec
     assert "run.folder" in other.stderr
     again = train(recipe)
     assert again.returncode == 0, again.stderr
+
+
+def test_a_start_that_found_no_data_can_be_corrected_in_the_same_folder(recipe: Path):
+    assert train(recipe, "data.sources.0.paths=[/nowhere/*.txt]").returncode == 3
+    done = train(recipe)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_folder_that_is_a_file_is_one_sentence(recipe: Path):
+    (recipe.parent / "run").write_text("mine")
+    done = train(recipe)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (recipe.parent / "run").read_text() == "mine"

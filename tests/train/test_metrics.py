@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from moe.errors import DataError
 from moe.model.moe_layer import Report
 from moe.recipe import Log
 from moe.train.inspect import health_line
@@ -78,4 +79,13 @@ def test_one_line_says_how_the_experts_fare():
     assert health_line({}) == "routing: no MoE layer"
     layers = {"0": health(report([12, 0, 4, 0]), k=2), "1": health(report([5, 5, 5, 5]), k=2)}
     assert "3.00x the mean" in health_line(layers)
-    assert "dead experts 2" in health_line(layers)
+    assert "2 dead" in health_line(layers)
+
+
+def test_a_spoilt_row_is_named_and_a_last_one_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert list(read(path)) == [{"step": 1}]
+    path.write_text('{"step": 1}\nspoilt\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
+        list(read(path))
