@@ -150,7 +150,10 @@ class Store:
             self._parent = manifest.step
             return manifest.scalars
         self._tell()
-        raise CheckpointError(f"{self.folder} holds no checkpoint that can be loaded" + "".join(f"; {text}" for text in self.skipped))
+        why = "".join(f"; {text}" for text in self.skipped)
+        raise CheckpointError(
+            f"{self.folder} holds no checkpoint that can be loaded{why}; restore one, or begin anew in another run.folder"
+        )
 
     def _vote(self, step: int, state: Mapping[str, Tensor], scalars: dict[str, Any]) -> None:
         """Go on once every rank is ready to save the same thing."""
