@@ -28,8 +28,8 @@ class DDP(Engine):
 
     def place(self) -> dict[str, Tensor]:
         model = self.model.to(self.master).to_empty(device=self.mesh.device)
-        for buffer in model.buffers():
-            buffer.zero_()
+        for router in self.routers:
+            router.reset_buffers()
         masters: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
             first = initial_value(name, p.shape, model.settings, self.seed, self.master).to(p.device)

@@ -35,8 +35,8 @@ class FSDP2(Engine):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
         model.to_empty(device=self.mesh.device)
-        for buffer in model.buffers():
-            buffer.zero_()
+        for router in self.routers:
+            router.reset_buffers()
         return {name: self._begin(name, p) for name, p in model.named_parameters()}
 
     @contextmanager

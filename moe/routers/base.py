@@ -100,6 +100,11 @@ class Router(nn.Module):
         """Route t tokens."""
         raise NotImplementedError
 
+    def reset_buffers(self) -> None:
+        """Give this router's buffers their first values, once there is memory for them: zeros, unless overridden."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
     def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
         """Learn from a step that was applied, with totals over all ranks and the whole global batch."""
 
