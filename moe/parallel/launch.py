@@ -106,14 +106,9 @@ class StopSignal:
 
 def _environment(nproc: int, folder: Path) -> dict[str, str]:
     """Variables of the agent and its ranks; what the user has set stays."""
-    from torch import cuda
-
     wanted = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     wanted |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
-    if not cuda.is_available():
-        # glibc returns large blocks to the kernel and faults them in again each step
-        wanted |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": str(64 << 20)}
     kept = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return kept | {
         _FOLDER: str(folder),
