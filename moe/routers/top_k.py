@@ -148,7 +148,7 @@ class TopK(Router):
         t, num_experts = probability.shape
         slot = tokens.sequence[:, None] * num_experts + routing.expert.view(t, self.k)
         slot = torch.where(tokens.valid[:, None], slot, t * num_experts)
-        load = probability.new_zeros(t * num_experts + 1).scatter_add_(0, slot.view(-1), torch.ones_like(routing.weight))
+        load = slot.new_zeros(t * num_experts + 1).scatter_add_(0, slot.view(-1), torch.ones_like(routing.expert))
         return losses.balance(load[:-1].view(t, num_experts)[tokens.sequence], probability).sum()
 
     def _apply(self, fn, recurse=True):
