@@ -106,7 +106,8 @@ class StopSignal:
 
 def _environment(nproc: int, folder: Path) -> dict[str, str]:
     """Variables of the agent and its ranks; what the user has set stays."""
-    wanted = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     wanted |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     kept = {name: os.environ.get(name, value) for name, value in wanted.items()}
