@@ -23,7 +23,7 @@ def test_balance_is_one_when_uniform_for_every_k(k):
 
 
 def test_balance_reaches_the_router_through_probability_alone():
-    load, probability = torch.tensor([3.0, 1.0], requires_grad=False), torch.tensor([0.6, 0.4], requires_grad=True)
+    load, probability = torch.tensor([3, 1]), torch.tensor([0.6, 0.4], requires_grad=True)
     (gradient,) = torch.autograd.grad(losses.balance(load, probability), probability)
     torch.testing.assert_close(gradient, torch.tensor([1.5, 0.5]))
 

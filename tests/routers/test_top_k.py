@@ -143,7 +143,7 @@ def test_until_the_window_is_complete_a_call_sees_the_loads_so_far_and_its_own()
     x, tokens = make_tokens(20)
     routing = router(x, tokens)
     p = routing.stats["probability"]
-    own, earlier = 3 * routing.load(E).double(), 3.0 * torch.arange(E, dtype=torch.float64)
+    own, earlier = 3 * routing.load(E), 3 * torch.arange(E)
     for window, complete, load in [(None, False, own), (earlier, False, own + earlier), (earlier, True, earlier)]:
         router.window, router.window_complete, router.total = window, complete, lambda v: 3 * v
         expected = E * (load / load.sum() * p).sum()
