@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ class Console:
     """Prints on the first rank; silent on the others."""
 
     def __init__(self, *, first: bool) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding lacks
         self.terminal = Terminal(quiet=not first, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         log = logging.getLogger("moe")

@@ -42,7 +42,7 @@ def open_folder(recipe: Recipe) -> Path:
 
     A start that failed before its first step binds the folder to nothing.
     """
-    folder = Path(recipe.run.folder)
+    folder = Path(recipe.run.folder).expanduser()
     known = folder / "recipe.yaml"
     if known.exists() and begun(folder):
         differing = differences(load([known], []), recipe)

@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> None:
     mesh = join(recipe)
     stop = StopSignal()
     console = Console(first=mesh.first)
-    folder = Path(recipe.run.folder)
+    folder = Path(recipe.run.folder).expanduser()
     mesh.first_does(lambda: open_folder(recipe))
 
     corpus = read_corpus(recipe, mesh, folder / "tokens")

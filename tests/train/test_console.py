@@ -68,3 +68,12 @@ def test_a_summary_without_a_sample_does_not_speak_of_one(capsys: pytest.Capture
     monkeypatch.setattr("moe.train.console.inspect", lambda folder: facts)
     Console(first=True).summary(tmp_path, "")
     assert "sample" not in capsys.readouterr().out.replace(str(tmp_path), "")
+
+
+def test_an_arrow_does_not_end_a_run_on_a_terminal_without_arrows(monkeypatch: pytest.MonkeyPatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console = Console(first=True)
+    console.say("loss 5 → 1")
+    console.terminal.file.flush()
+    assert raw.getvalue() == b"loss 5 ? 1\n"

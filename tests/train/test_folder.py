@@ -82,3 +82,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_differences_name_the_leaf():
     assert differences(recipe("a"), recipe("b", "model.layers=3")) == [("model.layers", 4, 3)]
     assert flatten({"a": {"b": [1, {"c": 2}]}}) == {"a.b.0": 1, "a.b.1.c": 2}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder(recipe("~/run")) == tmp_path / "run"
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
