@@ -146,7 +146,7 @@ def test_until_the_window_is_complete_a_call_sees_the_loads_so_far_and_its_own()
     own, earlier = 3 * routing.load(E), 3 * torch.arange(E)
     for window, complete, load in [(None, False, own), (earlier, False, own + earlier), (earlier, True, earlier)]:
         router.window, router.window_complete, router.total = window, complete, lambda v: 3 * v
-        expected = E * (load / load.sum() * p).sum()
+        expected = E * (load.double() / load.sum() * p).sum()
         torch.testing.assert_close(router(x, tokens).loss.detach(), expected, rtol=1e-12, atol=0)
 
 
