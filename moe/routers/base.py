@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
 class Routing(NamedTuple):
     """A list of assignments: row i sends token[i] to expert[i] and counts weight[i].
 
+    The output is the sum over rows, so an expert that a token had twice would count with both weights; routers name it once.
     With `fan_out` k, row i belongs to token i // k (`per_token`), so a dispatcher may reshape instead of scattering.
     """
 
@@ -42,6 +43,8 @@ class Routing(NamedTuple):
     loss: Float[Tensor, ""]  # already weighted by its coefficients, summed over the call's valid tokens
     stats: dict[str, Tensor]  # named sums over valid tokens, which metrics divide by counts
     fan_out: int | None = None
+    gradient_scale: Float[Tensor, " n"] | None = None  # factor on the gradient of each row's output; None: 1
+    output_scale: Float[Tensor, " d"] | None = None  # factor on each feature of the combined rows; None: 1
 
     @classmethod
     def per_token(
@@ -76,8 +79,8 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Decides which token goes to which expert; one class a file, whose constructor is its schema in YAML.
 
-    A subclass takes `(d_model, num_experts, *, options…)` and overrides `forward`. `total`, `window` and `stream` are
-    filled in from outside and mean nothing on one device with one batch.
+    A subclass takes `(d_model, num_experts, *, options…)` and overrides `forward`. `total`, `window`, `window_stats` and
+    `stream` are filled in from outside and mean nothing on one device with one batch.
     """
 
     d_model: int
@@ -93,12 +96,38 @@ class Router(nn.Module):
         # ahead, of the whole of it: then `window_complete`). None: the window is this one call.
         self.window: Int[Tensor, " E"] | None = None
         self.window_complete = False
+        # This router's stats of the same window, totalled alike, in float64; "tokens" counts its valid tokens.
+        self.window_stats: dict[str, Tensor] | None = None
         # Seed of this router's random stream; noise is a pure function of (stream, step, global token index).
         self.stream = 0
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         """Route t tokens."""
         raise NotImplementedError
+
+    def summary(self, up: Float[Tensor, "E g f d"], down: Float[Tensor, "E d f"]) -> Float[Tensor, "E m"] | None:
+        """What a router that reads experts needs to know of each: its layer hands it to `forward` as a third argument.
+
+        A function of the experts' weights alone, which is differentiable where the router's answer is.
+        """
+        return None
+
+    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
+        """First value of "router.…", "experts.up" or "experts.down" in a model of so many layers; None: the model's own rule.
+
+        On the CPU, in float32. Experts are asked for one by one, each with a generator of its own.
+        """
+        return None
+
+    def batch_counts(self, load: Int[Tensor, " E"], tokens: Int[Tensor, ""]) -> tuple[Tensor, Tensor]:
+        """A call's load and number of valid tokens made those of the global batch, as far as its window knows them."""
+        if self.window is not None and self.window_complete:
+            return self.window, tokens if self.window_stats is None else self.window_stats["tokens"]
+        counts = self.total(torch.cat([load, tokens[None]]))
+        load, tokens = counts[:-1], counts[-1]
+        if self.window is None or self.window_stats is None:
+            return load, tokens
+        return load + self.window, tokens + self.window_stats["tokens"]
 
     def reset_buffers(self) -> None:
         """Give this router's buffers their first values, once there is memory for them: zeros, unless overridden."""
