@@ -21,13 +21,14 @@ class Tokens(NamedTuple):
     index: Int[Tensor, " t"]  # global position in the step's batch: the same on any number of ranks
     valid: Bool[Tensor, " t"]  # padding is neither routed nor counted
     step: int
+    length: int | None = None  # of every sequence, where all are equally long and stand one after the other: `groups` need not ask
 
     @classmethod
     def of(cls, x: Float[Tensor, "t d"]) -> Tokens:
         """Tokens of one sequence about which nothing else is known."""
         position = torch.arange(x.shape[0], device=x.device)
         everywhere = torch.ones_like(position, dtype=torch.bool)
-        return cls(torch.zeros_like(position), torch.zeros_like(position), position, everywhere, 0)
+        return cls(torch.zeros_like(position), torch.zeros_like(position), position, everywhere, 0, x.shape[0])
 
 
 class Routing(NamedTuple):
