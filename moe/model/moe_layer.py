@@ -56,14 +56,21 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens | None = None) -> tuple[Float[Tensor, "t d"], Report]:
         tokens = Tokens.of(x) if tokens is None else tokens
-        routing = self.router(x, tokens)
+        routing = self.route(x, tokens)
         return self.compute(x, routing), self.report(routing, tokens)
+
+    def route(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
+        """The decision; a router that reads experts gets its summary of them, gradient included."""
+        summary = self.router.summary(self.experts.up, self.experts.down)
+        return self.router(x, tokens) if summary is None else self.router(x, tokens, summary)
 
     def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
         rows, ticket = self.dispatcher.dispatch(x, routing)
         y = self.experts(rows)
         out = self.dispatcher.combine(y, ticket)
+        if routing.output_scale is not None:
+            out = out * routing.output_scale.to(out.dtype)
         if self.shared is None:
             return out
         shared = self.shared(x)

@@ -68,7 +68,7 @@ class Block(nn.Module):
             return x + self._run(self._feed_forward, x), None
         # norm and router lie between the recomputed regions: a decision is taken once, and cannot come out differently
         h = self.mlp_norm(x).flatten(0, 1)
-        routing = self.moe.router(h, context.tokens)
+        routing = self.moe.route(h, context.tokens)
         out = self._run(self.moe.compute, h, routing)
         return x + out.view_as(x), self.moe.report(routing, context.tokens)
 
@@ -176,4 +176,4 @@ def sparse_layers(settings: Model) -> list[bool]:
 def _tokens(ids: Tensor, index: Tensor, valid: Tensor, step: int) -> Tokens:
     b, s = ids.shape
     sequence = torch.arange(b, device=ids.device)[:, None].expand(b, s)
-    return Tokens(*(t.flatten() for t in (ids, sequence, index, valid)), step=step)
+    return Tokens(*(t.flatten() for t in (ids, sequence, index, valid)), step=step, length=s)

@@ -14,30 +14,30 @@ from moe.routers.base import Router
 
 
 class Window:
-    """The loads of one global batch that its routers have seen so far, over all ranks.
+    """The loads and stats of one global batch that its routers have seen so far, over all ranks.
 
     Entered for a step of several micro-batches; outside it every call is a window of its own.
     """
 
     def __init__(self, routers: Sequence[Router], group: dist.ProcessGroup | None = None) -> None:
         self.routers, self.group = routers, group
-        self.loads: list[Tensor] | None = None
+        self.sums: list[Report] | None = None
 
     def __enter__(self) -> Window:
         return self
 
     def __exit__(self, *_: object) -> None:
         for router in self.routers:
-            router.window, router.window_complete = None, False
+            router.window, router.window_stats, router.window_complete = None, None, False
 
     def add(self, reports: Sequence[Report]) -> None:
         """Count a micro-batch that was run, and show the sum to the routers."""
         if not reports:
             return
-        loads = sum_ranks(torch.cat([report.load for report in reports]), self.group).split([len(report.load) for report in reports])
-        self.loads = list(loads) if self.loads is None else [a + b for a, b in zip(self.loads, loads, strict=True)]
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.window = load
+        none = torch.empty(0, device=reports[0].load.device)
+        self.sums = add_reports(self.sums, unpack(sum_ranks(pack(none, reports), self.group), reports))
+        for router, sums in zip(self.routers, self.sums, strict=True):
+            router.window, router.window_stats = sums.load, sums.stats
 
     def complete(self) -> None:
         """Say that the window was run ahead: what the routers see is the whole of it."""
