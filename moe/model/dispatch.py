@@ -14,7 +14,10 @@ from moe.shapes import Float, Int
 
 
 class Dispatcher(Protocol):
-    """Law: with identity experts and unit weights, combine(dispatch(x)) is each token times its number of assignments."""
+    """Law: with identity experts and unit weights, combine(dispatch(x)) is each token times its number of assignments.
+
+    The gradient that a row's output receives is multiplied by the routing's `gradient_scale`, where it has one.
+    """
 
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, Any]:
         """Rows for the experts at hand, and the ticket that `combine` needs to bring them home."""
@@ -31,6 +34,7 @@ class Ticket(NamedTuple):
     index: Int[Tensor, " n"]
     slots: Int[Tensor, "t k"] | None
     tokens: int
+    gradient_scale: Float[Tensor, " n"] | None
 
 
 class LocalDispatcher:
@@ -47,9 +51,29 @@ class LocalDispatcher:
             slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             slots = slots.view(-1, routing.fan_out)
         rows = Rows(x, index, routing.weight[order], routing.load(self.num_experts), slots)
-        return rows, Ticket(index, slots, len(x))
+        scale = None if routing.gradient_scale is None else routing.gradient_scale[order]
+        return rows, Ticket(index, slots, len(x), scale)
 
     def combine(self, y: Float[Tensor, "n d"], ticket: Ticket) -> Float[Tensor, "t d"]:
+        if ticket.gradient_scale is not None:
+            y = scale_gradient(y, ticket.gradient_scale)
         if ticket.slots is not None:
             return gather_sum(y, ticket.index, ticket.slots)
         return y.new_zeros(ticket.tokens, y.shape[1]).index_add(0, ticket.index, y)
+
+
+def scale_gradient(y: Float[Tensor, "n d"], scale: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """`y`, whose rows pass on `scale` times the gradient that they receive."""
+    return _ScaleGradient.apply(y, scale)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, scale):
+        ctx.save_for_backward(scale)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad * scale[:, None].to(grad.dtype), None
