@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.shapes import Float, Int
+from moe.shapes import Bool, Float, Int
 
 
 def balance(load: Int[Tensor, "*s E"], probability: Float[Tensor, "*s E"]) -> Float[Tensor, "*s"]:
@@ -19,6 +19,14 @@ def balance(load: Int[Tensor, "*s E"], probability: Float[Tensor, "*s E"]) -> Fl
     load = load.to(probability.dtype)
     share = load / load.sum(-1, keepdim=True).clamp(min=1)
     return load.shape[-1] * (share * probability).sum(-1)
+
+
+def usage(load: Int[Tensor, " E"], tokens: Int[Tensor, ""], weight: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+    """E * sum_i (load_i / tokens) weight_i: `balance` where the number of experts a token varies, and using fewer pays.
+
+    `tokens` are those that the load was counted over. Linear in `weight`, as `balance` is in its probability.
+    """
+    return len(load) * (load.to(weight.dtype) / tokens.clamp(min=1) * weight).sum()
 
 
 def z(logits: Float[Tensor, "t E"]) -> Float[Tensor, " t"]:
@@ -43,6 +51,18 @@ def smooth_load(clean: Float[Tensor, "t E"], noisy: Float[Tensor, "t E"], k: int
     """
     threshold = noisy.topk(k, dim=-1).values[:, -1:]
     return torch.special.ndtr((clean - threshold) / std)
+
+
+@torch.no_grad()
+def statistics(logits: Float[Tensor, "t E"], valid: Bool[Tensor, " t"]) -> dict[str, Tensor]:
+    """Sums over valid tokens of what tells how softmax(logits) is doing: mass per expert, entropy, largest entry, z."""
+    probability = torch.where(valid[:, None], logits.softmax(-1), 0)
+    return {
+        "probability": probability.sum(0),
+        "entropy": entropy(probability).sum(),
+        "confidence": probability.amax(-1).sum(),
+        "z": torch.where(valid, z(logits), 0).sum(),
+    }
 
 
 def _cv2(x: Tensor) -> Tensor:

@@ -60,3 +60,10 @@ def test_smooth_load_is_the_chance_of_being_selected_on_a_redraw():
     threshold = noisy[0].sort(descending=True).values[k - 1]
     redrawn = clean + std * torch.randn(200_000, 4, dtype=torch.float64)
     torch.testing.assert_close(chance[0], (redrawn >= threshold).double().mean(0), rtol=0, atol=0.005)
+
+
+def test_usage_is_balance_with_the_tokens_in_the_place_of_the_assignments():
+    load, weight = torch.tensor([6, 3, 3, 0]), torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    assert losses.usage(load, torch.tensor(12), weight).item() == pytest.approx(losses.balance(load, weight).item(), rel=1e-14)
+    assert losses.usage(load, torch.tensor(6), weight).item() == pytest.approx(2 * 1.3, rel=1e-14)
+    assert losses.usage(0 * load, torch.tensor(0), weight).item() == 0
