@@ -152,7 +152,7 @@ def linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"]) -> Float[Tenso
         return F.linear(full_precision(x), full_precision(weight))
 
 
-def best(score: Float[Tensor, "t E"], k: int) -> Int[Tensor, "t k"]:
+def best(score: Float[Tensor, "*s E"], k: int) -> Int[Tensor, "*s k"]:
     """The k largest of each row, best first; the lowest index among equals, which `torch.topk` does not promise.
 
     NaN counts as the largest. k passes of arg max, whose first-of-equals is documented: a stable sort took twice as long
