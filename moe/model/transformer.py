@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, Router):
                 module.stream = stream(seed, path)
+                module.set_vocabulary(vocab)
         if not self.embed.weight.is_meta:
             self.initialise(seed)
 

@@ -79,7 +79,8 @@ def unpack(vector: Tensor, like: Sequence[Report]) -> list[Report]:
 def update(routers: Sequence[Router], reports: Sequence[Report], device: torch.device) -> None:
     """Let each router learn from a global batch that was applied; `reports` are totals over ranks and the window."""
     for router, report in zip(routers, reports, strict=True):
-        router.update(report.load.to(device), int(report.stats["tokens"]))
+        load = report.stats.get("demand", report.load)  # what was asked for, dropped or not
+        router.update(load.to(device), int(report.stats["tokens"]))
 
 
 def _values(report: Report) -> list[Tensor]:

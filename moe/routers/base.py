@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     expert: Int[Tensor, " n"]  # 0 … E-1; E means dropped
     weight: Float[Tensor, " n"]  # float32 or better
     loss: Float[Tensor, ""]  # already weighted by its coefficients, summed over the call's valid tokens
-    stats: dict[str, Tensor]  # named sums over valid tokens, which metrics divide by counts
+    stats: dict[str, Tensor]  # named sums over valid tokens, which metrics divide by counts; "demand": the load before drops
     fan_out: int | None = None
     gradient_scale: Float[Tensor, " n"] | None = None  # factor on the gradient of each row's output; None: 1
     output_scale: Float[Tensor, " d"] | None = None  # factor on each feature of the combined rows; None: 1
@@ -129,6 +129,9 @@ class Router(nn.Module):
         if self.window is None or self.window_stats is None:
             return load, tokens
         return load + self.window, tokens + self.window_stats["tokens"]
+
+    def set_vocabulary(self, vocab: int) -> None:
+        """Told by its model, after `stream` and before buffers get their first values, how many token ids there are."""
 
     def reset_buffers(self) -> None:
         """Give this router's buffers their first values, once there is memory for them: zeros, unless overridden."""

@@ -5,6 +5,8 @@ A load carries no gradient: it counts decisions. Probabilities do.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,42 @@ def entropy(probability: Float[Tensor, "*s E"]) -> Float[Tensor, "*s"]:
     return -torch.special.xlogy(probability, probability.clamp(min=torch.finfo(probability.dtype).tiny)).sum(-1)
 
 
-def importance(weight: Float[Tensor, " E"]) -> Float[Tensor, ""]:
-    """Squared coefficient of variation of each expert's summed weight or probability (Shazeer et al., 2017)."""
-    return _cv2(weight)
+def sequence_loads(expert: Int[Tensor, "t k"], sequence: Int[Tensor, " t"], num_experts: int) -> Int[Tensor, "t E"]:
+    """Assignments per expert of each sequence, expert E left out.
 
-
-def smooth_load(clean: Float[Tensor, "t E"], noisy: Float[Tensor, "t E"], k: int, std: float) -> Float[Tensor, "t E"]:
-    """Chance that redrawing one expert's Gaussian noise would select it: P(clean + std * n >= the k-th best noisy logit).
-
-    Summed over tokens and given to `importance` it is the load loss (Shazeer et al., 2017; Riquelme et al., 2021).
+    A table with a row for as many sequences as there can be: their number is not known without a wait.
     """
-    threshold = noisy.topk(k, dim=-1).values[:, -1:]
+    slot = (sequence[:, None] * (num_experts + 1) + expert).view(-1)
+    load = slot.new_zeros(len(expert) * (num_experts + 1)).scatter_add_(0, slot, torch.ones_like(slot))
+    return load.view(-1, num_experts + 1)[:, :num_experts]
+
+
+def importance(weight: Float[Tensor, "*s E"]) -> Float[Tensor, "*s"]:
+    """Squared coefficient of variation of each expert's summed weight or probability (Shazeer et al., 2017).
+
+    Of sums of `smooth_load` it is the load loss. It bends in the sums: those of a global batch are needed for its loss.
+    """
+    return weight.var(-1, correction=0) / weight.mean(-1).square().clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def smooth_load(
+    clean: Float[Tensor, "t E"],
+    noisy: Float[Tensor, "t E"],
+    k: int,
+    std: Tensor | float,
+    against: Literal["all", "others"] = "all",
+) -> Float[Tensor, "t E"]:
+    """Chance that redrawing one expert's Gaussian noise would select it: P(clean + std * n >= a threshold).
+
+    The threshold is the k-th best noisy logit of "all" experts (Riquelme et al., 2021), or of the "others" than the one whose
+    chance it is (Shazeer et al., 2017), which is exact.
+    """
+    if against == "others" and k == clean.shape[-1]:
+        return torch.ones_like(clean)
+    top = noisy.topk(k + (against == "others"), dim=-1).values
+    threshold = top[:, k - 1 : k]
+    if against == "others":  # who is among the k best has the next one to beat
+        threshold = torch.where(noisy > top[:, k:], top[:, k:], threshold)
     return torch.special.ndtr((clean - threshold) / std)
 
 
@@ -63,7 +90,3 @@ def statistics(logits: Float[Tensor, "t E"], valid: Bool[Tensor, " t"]) -> dict[
         "confidence": probability.amax(-1).sum(),
         "z": torch.where(valid, z(logits), 0).sum(),
     }
-
-
-def _cv2(x: Tensor) -> Tensor:
-    return x.var(correction=0) / x.mean().square().clamp(min=torch.finfo(x.dtype).tiny)

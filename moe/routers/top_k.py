@@ -1,4 +1,4 @@
-"""Top-k token choice: Switch, Mixtral, OLMoE, Qwen3-MoE and DeepSeek-V2/V3 are settings of this one router."""
+"""Top-k token choice: Switch, GShard, Mixtral, OLMoE, Qwen3-MoE and DeepSeek-V2/V3 are settings of this one router."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from moe.errors import ConfigError
 from moe.routers import losses, noise
 from moe.routers.base import Router, Routing, Tokens, best, full_precision, linear
-from moe.shapes import Float, Int
+from moe.routers.capacity import Capacity
+from moe.shapes import Bool, Float, Int
 
 
 class TopK(Router):
@@ -23,12 +24,17 @@ class TopK(Router):
     scale: factor on the weights (DeepSeek-V3: 2.5).
     groups, groups_kept, group_score: choose only within a token's best groups of neighbouring experts, ranked by
         their best score (DeepSeek-V2) or the sum of their two best (DeepSeek-V3).
+    second: "random" uses, in training, the second of two choices with probability min(1, 2 g), where g is its share of the
+        two weights; the first keeps its own (GShard: Lepikhin et al., 2020).
     jitter: in training, multiply the input by U(1 - jitter, 1 + jitter) (Switch).
     balance_loss: coefficient of the Switch loss, whose loads are counted over the call ("micro"), over each sequence,
         or over the global batch; 0 for none. It is 1 at balance, whatever k.
+    balance_counts: whether those loads are of all of a token's choices, or of the first alone (GShard).
     z_loss: coefficient of the router z-loss; 0 for none.
     bias_rate: loss-free balancing (Wang et al., 2024): a bias per expert, used for the selection alone, moves by this much a
         step. 0 keeps the bias as it is; None has none. It combines with the losses (DeepSeek-V3: "sequence", 1e-4).
+    capacity_factor, drop, capacity_group, capacity_multiple: see `Capacity`; None drops nothing. Losses and bias count
+        what was asked for, dropped or not.
 
     Padding gets expert E, weight 0, and no part in loss, statistics or load. The losses are zero outside of training.
     A NaN logit gives a NaN weight, so that the step's loss shows it to every rank; nothing raises or waits for the device here.
@@ -48,17 +54,24 @@ class TopK(Router):
         groups: int = 1,
         groups_kept: int = 1,
         group_score: Literal["best", "best_two"] = "best_two",
+        second: Literal["always", "random"] = "always",
         jitter: float = 0.0,
         balance_loss: float = 0.01,
         balance_scope: Literal["micro", "sequence", "global"] = "global",
+        balance_counts: Literal["all", "first"] = "all",
         z_loss: float = 0.0,
         bias_rate: float | None = None,
+        capacity_factor: float | None = None,
+        drop: Literal["order", "priority", "weight"] = "order",
+        capacity_group: int | Literal["sequence"] = "sequence",
+        capacity_multiple: int = 1,
     ) -> None:
         super().__init__(d_model, num_experts)
         self.k, self.score, self.normalize, self.scale = k, score, normalize, scale
         self.groups, self.groups_kept, self.group_score = groups, groups_kept, group_score
-        self.jitter, self.balance_loss, self.balance_scope = jitter, balance_loss, balance_scope
-        self.z_loss, self.bias_rate = z_loss, bias_rate
+        self.second, self.jitter, self.z_loss, self.bias_rate = second, jitter, z_loss, bias_rate
+        self.balance_loss, self.balance_scope, self.balance_counts = balance_loss, balance_scope, balance_counts
+        self.capacity = Capacity.of(num_experts, capacity_factor, drop, capacity_group, capacity_multiple)
         self._check()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.register_buffer("bias", None if bias_rate is None else torch.empty(num_experts, dtype=torch.float32))
@@ -77,9 +90,9 @@ class TopK(Router):
         logits = linear(x, self.weight)
         log_score = logits.log_softmax(-1) if self.score == "softmax" else F.logsigmoid(logits)
         chosen = self._select(logits.detach(), log_score.detach())
-        weight = log_score.gather(1, chosen)
+        log_chosen = log_score.gather(1, chosen)
         # in logarithms, so that the sum of scores that all underflow is not divided by
-        weight = self.scale * (weight.softmax(-1) if self.normalize == "selected" else weight.exp())
+        weight = self.scale * (log_chosen.softmax(-1) if self.normalize == "selected" else log_chosen.exp())
 
         valid = tokens.valid
         probability = log_score.exp() if self.score == "softmax" else log_score.softmax(-1)
@@ -92,11 +105,17 @@ class TopK(Router):
                 "confidence": probability.amax(-1).sum(),
                 "z": z.detach(),
             }
-        expert = torch.where(valid[:, None], chosen, self.num_experts)
-        routing = Routing.per_token(expert, torch.where(valid[:, None], weight, 0), stats=stats)
-        if not self.training:
-            return routing
-        return routing._replace(loss=self._balance(routing, probability, tokens) + self.z_loss * z)
+        used = self._used(log_chosen.detach(), tokens)
+        expert, weight = torch.where(used, chosen, self.num_experts), torch.where(used, weight, 0)
+        routing = Routing.per_token(expert, weight, stats=stats)
+        counted = routing if self.balance_counts == "all" else Routing.per_token(expert[:, :1], weight[:, :1])
+        if self.second == "random":
+            stats["demand"] = routing.load(self.num_experts)  # what is not used was not asked for
+        if self.capacity is not None or counted is not routing:
+            stats["balance_load"] = counted.load(self.num_experts)
+        if self.training:
+            routing = routing._replace(loss=self._balance(counted, probability, tokens) + self.z_loss * z)
+        return routing if self.capacity is None else self.capacity(routing, tokens)
 
     def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
         """Raise the bias of experts below the mean load, lower it above (Wang et al., 2024).
@@ -121,7 +140,15 @@ class TopK(Router):
             ranking = ranking.masked_fill(outside.repeat_interleave(by_group.shape[-1], 1), -torch.inf)
         return best(ranking, self.k)
 
-    def _balance(self, routing: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
+    def _used(self, log_chosen: Tensor, tokens: Tokens) -> Bool[Tensor, "t k"]:
+        """Which of a token's choices count."""
+        if self.second == "always" or not self.training:
+            return tokens.valid[:, None].expand(-1, self.k)
+        draw = noise.uniform(self.stream + 1, tokens.step, tokens.index, 1)  # the next stream: this one is the jitter's
+        unused = draw >= 2 * log_chosen.softmax(-1)[:, 1:]
+        return tokens.valid[:, None] & ~torch.cat([torch.zeros_like(unused), unused], 1)
+
+    def _balance(self, counted: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
         """The balance loss summed over the call's valid tokens.
 
         It is linear in the call's probabilities once the loads are known, so that the sum over calls and ranks is
@@ -131,25 +158,20 @@ class TopK(Router):
         if not self.balance_loss:
             return probability.new_zeros(())
         if self.balance_scope == "sequence":
-            return self.balance_loss * self._sequence_balance(routing, probability, tokens)
-        load = routing.load(self.num_experts)
+            expert = counted.expert.view(len(probability), -1)
+            load = losses.sequence_loads(expert, tokens.sequence, self.num_experts)[tokens.sequence]
+            return self.balance_loss * losses.balance(load, probability).sum()
+        load = counted.load(self.num_experts)
         if self.balance_scope == "global":
             load = self._window_load(load)
         return self.balance_loss * losses.balance(load, probability.sum(0))
 
     def _window_load(self, load: Tensor) -> Tensor:
-        if self.window is not None and self.window_complete:
-            return self.window
+        window = (self.window_stats or {}).get("balance_load", self.window)
+        if window is not None and self.window_complete:
+            return window
         load = self.total(load)
-        return load if self.window is None else load + self.window
-
-    def _sequence_balance(self, routing: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
-        # a table with a row for as many sequences as there can be: their number is not known without a wait
-        t, num_experts = probability.shape
-        slot = tokens.sequence[:, None] * num_experts + routing.expert.view(t, self.k)
-        slot = torch.where(tokens.valid[:, None], slot, t * num_experts)
-        load = slot.new_zeros(t * num_experts + 1).scatter_add_(0, slot.view(-1), torch.ones_like(routing.expert))
-        return losses.balance(load[:-1].view(t, num_experts)[tokens.sequence], probability).sum()
+        return load if window is None else load + window
 
     def _apply(self, fn, recurse=True):
         """The bias moves with the module but stays float32: below, a step would be rounded away."""
@@ -178,6 +200,8 @@ class TopK(Router):
             raise ConfigError(
                 f"k={k} experts do not fit into {self.groups_kept} kept groups with {room}; choose a larger router.groups_kept"
             )
+        if self.second == "random" and k != 2:
+            raise ConfigError(f"second=random is about the second of two choices, and k={k}; choose router.k=2 or router.second=always")
         for option in ("balance_loss", "z_loss", "bias_rate"):
             if (getattr(self, option) or 0) < 0:
                 raise ConfigError(f"{option}={getattr(self, option)} would work against balance; choose router.{option} of at least 0")

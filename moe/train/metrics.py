@@ -142,8 +142,9 @@ def health(report: Report, k: int | None = None) -> dict[str, float]:
         "dead": int((load == 0).sum()),
         "auxiliary_loss": float(report.loss),
     }
-    if k is not None:
-        figures["drop_rate"] = 1 - load.sum().item() / (tokens * k)
+    demand = report.stats["demand"].sum().item() if "demand" in report.stats else tokens * k if k is not None else None
+    if demand is not None:
+        figures["drop_rate"] = 1 - load.sum().item() / max(demand, 1)
     for name in ("entropy", "confidence"):
         if name in report.stats:
             figures[name] = (report.stats[name] / tokens).item()
