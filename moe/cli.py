@@ -173,6 +173,9 @@ def split(words: list[str] | None) -> tuple[list[str], list[str]]:
     words = words or []
     overrides = [word for word in words if "=" in word and not set("/\\") & set(word.partition("=")[0])]
     files = [word for word in words if word not in overrides]
+    for word in files:
+        if not Path(word).exists() and Path(word).suffix not in (".yaml", ".yml") and "/" not in word:
+            raise ConfigError(f"{word} is neither a file nor key=value; write {word}=VALUE, or the path of a YAML file")
     if not files:
         raise ConfigError("no recipe is named; give at least one file, such as configs/debug.yaml")
     return files, overrides

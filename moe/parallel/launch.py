@@ -99,6 +99,8 @@ class StopSignal:
         return self._asked or (self._parent is not None and os.getppid() != self._parent)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self._asked and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping after this step, with a checkpoint\n")  # print may be interrupted within itself
         self._asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -139,7 +141,7 @@ def _agent(command: list[str], nproc: int, restarts: int, folder: Path) -> Any:
                     self._remaining_restarts = 0
                 if self._remaining_restarts > 0:
                     again = f"starting all {nproc} ranks again, {self._remaining_restarts} restart(s) left"
-                    _say(reason | {"message": f"{reason['message']}; {again}"})
+                    _say(reason | {"message": f"{reason['message']}; {again}"}, "warning")
                     shutil.rmtree(folder / "verdicts", ignore_errors=True)
             return result
 
@@ -277,5 +279,6 @@ def _line(error: BaseException) -> str:
     return text[0] if text else "no message"
 
 
-def _say(verdict: dict[str, Any]) -> None:
-    print(f"{verdict.get('traceback', '')}moe: {verdict['message']}", file=sys.stderr, flush=True)
+def _say(verdict: dict[str, Any], kind: str = "error") -> None:
+    prefix = "" if verdict["code"] == Preempted.exit_code else f"{kind}: "
+    print(f"{verdict.get('traceback', '')}{prefix}{verdict['message']}", file=sys.stderr, flush=True)

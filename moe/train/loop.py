@@ -58,7 +58,6 @@ class Progress:
 def train(recipe: Recipe) -> None:
     """Run a recipe to its end, going on from its newest checkpoint if it has one."""
     mesh = join(recipe)
-    stop = StopSignal()
     console = Console(first=mesh.first)
     folder = Path(recipe.run.folder).expanduser()
     mesh.first_does(lambda: open_folder(recipe))
@@ -79,7 +78,7 @@ def train(recipe: Recipe) -> None:
     clock = Clock(price.training_flops, recipe.train.dtype, mesh.world, mesh.device)
 
     steps = recipe.train.steps
-    with console.progress(progress.step, steps):
+    with StopSignal() as stop, console.progress(progress.step, steps):
         while progress.step < steps:
             lr = learning_rate(recipe.schedule, progress.step, steps, recipe.optimizer.lr)
             faults.point("loop/step", step=progress.step)

@@ -66,7 +66,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_was(tmp_path):
 def test_ranks_that_disagree_stop_with_one_sentence_and_are_not_restarted(tmp_path):
     code, text = Job(tmp_path, restarts=2, SEED_OF_1="7").end()
     assert code == 6
-    assert text.startswith("moe: ranks disagree: seed is 0 on ranks 0, 2 and 7 on rank 1; ")
+    assert text.startswith("error: ranks disagree: seed is 0 on ranks 0, 2 and 7 on rank 1; ")
     assert text.count("\n") == 1
     assert not (tmp_path / "curve").exists()
 
@@ -77,7 +77,7 @@ def test_sigterm_to_the_launcher_saves_and_says_so(tmp_path):
     job.process.send_signal(signal.SIGTERM)
     code, text = job.end()
     assert code == 75
-    assert text.strip() == f"moe: stopped at step {len(job.curve())} of 100"
+    assert text.strip().splitlines()[-1] == f"stopped at step {len(job.curve())} of 100"
 
 
 def test_the_job_listens_on_the_loopback_alone(tmp_path):
@@ -119,7 +119,7 @@ def test_ranks_stop_by_themselves_when_their_launcher_is_killed(tmp_path):
 def test_a_rank_that_leaves_early_fails_the_job_by_name(tmp_path):
     code, text = Job(tmp_path, faults="exit0@step=3,rank=1,point=before").end()
     assert code == 1
-    assert text.strip() == "moe: rank 1 left with exit code 0 before the others had finished"
+    assert text.strip() == "error: rank 1 left with exit code 0 before the others had finished"
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_bug_shows_its_traceback_once(tmp_path):
     code, text = Job(tmp_path, faults="raise@step=3,rank=1,point=before").end()
     assert code == 1
     assert text.count("Traceback") == 1
-    assert text.strip().endswith("moe: rank 1 failed: InjectedFault: injected at before, step 3")
+    assert text.strip().endswith("error: rank 1 failed: InjectedFault: injected at before, step 3")
 
 
 @pytest.mark.slow
@@ -190,4 +190,4 @@ run_rank(body)
     assert (done.returncode, done.stdout) == (code, "said before")
     assert ("Traceback" in done.stderr) == (code == 1)
     if code == ConfigError.exit_code:
-        assert done.stderr == "moe: no such key\n"
+        assert done.stderr == "error: no such key\n"
