@@ -35,7 +35,8 @@ def bits(stream: int, step: int, index: Int[Tensor, " t"], columns: int) -> Int[
 
 def uniform(stream: int, step: int, index: Int[Tensor, " t"], columns: int) -> Float[Tensor, "t c"]:
     """Float32 numbers strictly between 0 and 1, odd multiples of 2^-24; each draw of bits serves two columns, low half first."""
-    halves = bits(stream, step, index, (columns + 1) // 2).view(torch.int32)[:, :columns]
+    # two at least, because torch cannot take a view of no rows and one column
+    halves = bits(stream, step, index, max((columns + 1) // 2, 2)).view(torch.int32)[:, :columns]
     return ((halves >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 

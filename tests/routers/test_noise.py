@@ -124,3 +124,8 @@ def test_gumbel_arg_max_samples_the_softmax():
     chosen = (logits + noise.gumbel(1, 1, torch.arange(40_000), 4)).argmax(1)
     expected = logits.softmax(0).double() * 40_000
     assert stats.chisquare(chosen.bincount(minlength=4).numpy(), (expected * (40_000 / expected.sum())).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_no_tokens_draw_nothing(columns):
+    assert noise.uniform(1, 2, torch.arange(0), columns).shape == (0, columns)
