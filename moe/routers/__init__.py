@@ -15,7 +15,16 @@ from moe.tables import entry, nearest
 __all__ = ["ROUTERS", "Router", "Routing", "Tokens", "build"]
 
 ROUTERS = {
+    "expert_choice": "moe.routers.expert_choice:ExpertChoice",
+    "sinkhorn": "moe.routers.sinkhorn:Sinkhorn",
+    "base": "moe.routers.assignment:BalancedAssignment",
+    "sparse_ot": "moe.routers.sparse_ot:SparseOT",
     "top_k": "moe.routers.top_k:TopK",
+    "sigma": "moe.routers.sigma:Sigma",
+    "avg_k": "moe.routers.avg_k:AvgK",
+    "sparse_mixer": "moe.routers.sparse_mixer:SparseMixer",
+    "dense_to_sparse": "moe.routers.dense_to_sparse:DenseToSparse",
+    "remoe": "moe.routers.remoe:ReMoE",
 }
 
 

@@ -12,6 +12,25 @@ from moe.routers import ROUTERS, Router, Routing, Tokens, build
 D = 16
 # Options that a router's branches need to be seen with; a router without an entry is tested with its defaults.
 EXAMPLES: dict[str, list[dict]] = {
+    "expert_choice": [{"leak": "allow"}, {"leak": "allow", "capacity_factor": 1.5, "max_experts": 2}],
+    "sinkhorn": [{}, {"k": 2}],
+    "base": [{"tolerance": 1e-7}],
+    "sparse_ot": [{}, {"side": "experts", "leak": "allow"}],
+    "sigma": [{}, {"k": 3, "expert_dropout": 0.6, "entropy_loss": 0.1, "init": "model"}, {"expert_dropout": 0.0}],
+    "avg_k": [{"k": 3}],
+    "sparse_mixer": [
+        {"estimator": "v2_code"},
+        {"k": 1, "estimator": "v1", "jitter": 2.0, "balance_scope": "micro", "input_jitter": 2.0**-6},
+        {"k": 3, "estimator": "v2_star", "jitter": 4.0, "mask": "paper"},
+        {"estimator": "v2", "jitter": 1.0},
+    ],
+    "dense_to_sparse": [
+        {"threshold": 0.06, "decay_steps": 4},
+        {"top_1_step": 2},
+        {"selection": "best", "weight": "softmax", "temperature_start": 2.0, "decay": "exponential", "decay_steps": 6},
+        {"noise": "none", "activation": "sigmoid", "evaluation": "dense", "threshold": 0.08},
+    ],
+    "remoe": [{}, {"k": 3, "penalty": 0.5}],
     "top_k": [
         {},
         {"k": 1, "normalize": "none", "balance_scope": "micro", "z_loss": 0.01, "jitter": 2.0**-6},
@@ -20,9 +39,15 @@ EXAMPLES: dict[str, list[dict]] = {
     ],
 }
 # Rows whose number of assignments is up to the tokens: they may wait for the device once, to learn it.
-SPARSE: set[str] = set()
+SPARSE: set[str] = {"dense_to_sparse", "remoe"}
 # What switches a router's auxiliary losses off, and the coefficients to double.
-COEFFICIENTS = {"top_k": ("balance_loss", "z_loss")}
+COEFFICIENTS = {
+    "sparse_mixer": ("balance_loss",),
+    "dense_to_sparse": ("balance_loss",),
+    "remoe": ("penalty",),
+    "sigma": ("entropy_loss",),
+    "top_k": ("balance_loss", "z_loss"),
+}
 CASES = [pytest.param(name, options, id=f"{name}-{i}") for name in ROUTERS for i, options in enumerate(EXAMPLES.get(name, [{}]))]
 every = pytest.mark.parametrize(("name", "options"), CASES)
 
@@ -71,7 +96,7 @@ def make_tokens(t: int, dtype: torch.dtype = torch.float64, padded: int = 0) -> 
     x = (torch.randint(-31, 32, (t, D), generator=generator) / 32).to(dtype)
     valid = torch.ones(t, dtype=torch.bool)
     valid[torch.randperm(t, generator=generator)[:padded]] = False
-    return x, Tokens(torch.arange(t) % 11, torch.arange(t) // 5, torch.arange(t) + 40, valid, 3)
+    return x, Tokens(torch.arange(t) % 11, torch.arange(t) // 5, torch.arange(t) + 40, valid, 3, None if t % 5 else 5)
 
 
 def rows(tokens: Tokens, part) -> Tokens:
@@ -98,7 +123,7 @@ def test_assignments_are_valid_at_any_size(name, options, t, experts):
     assert routing.loss.isfinite()
     if routing.fan_out is not None:
         assert torch.equal(routing.token, torch.arange(t).repeat_interleave(routing.fan_out))
-    pairs = routing.token * (experts + 1) + routing.expert
+    pairs = (routing.token * experts + routing.expert)[routing.expert < experts]
     assert len(pairs.unique()) == len(pairs), "a token has an expert twice"
     assert routing.load(experts).sum() == (routing.expert < experts).sum()
     for value in routing.stats.values():
