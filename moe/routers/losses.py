@@ -80,9 +80,9 @@ def smooth_load(
     return torch.special.ndtr((clean - threshold) / std)
 
 
-@torch.no_grad()
 def statistics(logits: Float[Tensor, "t E"], valid: Bool[Tensor, " t"]) -> dict[str, Tensor]:
     """Sums over valid tokens of what tells how softmax(logits) is doing: mass per expert, entropy, largest entry, z."""
+    logits = logits.detach()
     probability = torch.where(valid[:, None], logits.softmax(-1), 0)
     return {
         "probability": probability.sum(0),
