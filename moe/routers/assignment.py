@@ -121,7 +121,7 @@ class Auction:
         self.price = torch.where(full, self.bid.gather(1, order.gather(1, lowest)), self.start)
 
 
-@torch.library.custom_op("moe::assign", mutates_args=())
+@torch.library.custom_op("moe::assign", mutates_args=(), schema="(Tensor value, Tensor valid, float tolerance, int rounds) -> Tensor")
 def assign(value: Tensor, valid: Tensor, tolerance: float, rounds: int) -> Tensor:
     """The expert, [g, s], of each valid token in value [g, s, E] by a balanced assignment of almost the largest sum; E for the rest.
 

@@ -75,7 +75,7 @@ def expert_rows(place: Int[Tensor, "g E c"], kept: Bool[Tensor, "g E c"], groups
     expert = torch.arange(experts, device=token.device)[:, None].expand_as(token)
     taken = torch.where(kept, weight[token, expert], 0)
     routing = Routing.per_expert(token, taken)
-    return routing._replace(expert=torch.where(kept, expert, experts).view(-1))
+    return routing._replace(expert=torch.where(kept, expert, experts).reshape(-1))
 
 
 def unrouted(routing: Routing, tokens: Tokens, experts: int) -> Int[Tensor, ""]:
