@@ -8,7 +8,7 @@ import torch
 from moe.model.moe_layer import Report
 from moe.parallel import balance
 from moe.routers.top_k import TopK
-from tests.engines.tiny_job import ROUTER, batch, engine
+from tests.engines.tiny_job import ROUTER, batch, difference, engine, train
 from tests.workers import run_ranks
 
 EXPERTS = 6
@@ -74,6 +74,22 @@ def test_an_exact_window_holds_the_whole_global_batch_and_routing_is_replayed():
     assert torch.equal(shown[2][0], loads[0] + loads[1] + other_loads[0] + other_loads[1])
     assert torch.equal(shown[3][0], shown[2][0])
     assert torch.equal(total, shown[2][0])
+
+
+SIGMA = {"name": "sigma", "entropy_loss": 1.0, "expert_dropout": 0.3}  # a loss that is not linear in the batch's mean
+
+
+def trained(rank, world, cases):
+    return [train(engine(name, router=SIGMA, **options), range(3), 1e-2) for name, options in cases]
+
+
+def test_the_stats_of_an_exact_window_make_any_loss_that_of_the_global_batch():
+    (alone,) = run_ranks(1, trained, [("ddp", {})])[0]
+    cases = [("ddp", {"accumulate": 4}), ("fsdp2", {"accumulate": 2}), ("ddp", {"accumulate": 4, "balance_window": "running"})]
+    exact, sharded, running = run_ranks(2, trained, cases)[0]
+    assert difference(exact, alone) < 1e-11
+    assert difference(sharded, alone) < 1e-11
+    assert difference(running, alone) > 1e-4
 
 
 def losses(rank, world, accumulate, balance_window):

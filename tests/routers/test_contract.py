@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from moe.errors import ConfigError
 from moe.routers import ROUTERS, Router, Routing, Tokens, build
 
 D = 16
@@ -110,9 +111,12 @@ def table(routing: Routing, tokens: int, experts: int) -> torch.Tensor:
 
 
 @every
-@pytest.mark.parametrize(("t", "experts"), [(0, 6), (1, 6), (13, 6), (13, 10)])
+@pytest.mark.parametrize(("t", "experts"), [(0, 6), (1, 6), (13, 6), (13, 7), (13, 10)])
 def test_assignments_are_valid_at_any_size(name, options, t, experts):
-    router = make(name, options, experts)
+    try:
+        router = make(name, options, experts)
+    except ConfigError as refusal:
+        pytest.skip(str(refusal))  # an example whose groups are of even numbers
     x, tokens = make_tokens(t)
     routing = router(x.requires_grad_(), tokens)
     assert routing.token.shape == routing.expert.shape == routing.weight.shape
