@@ -59,7 +59,7 @@ def potentials(z: Float[Tensor, "g s E"], valid: Bool[Tensor, "g s"], iterations
     """f and g such that exp(z + f + g) sums to 1 over experts and to T/E over the T valid tokens of a group."""
     experts = z.shape[-1]
     z = torch.where(valid[..., None], z, 0)  # rows that are left out stay finite, so that nothing has to be caught below
-    share = (valid.sum(1, keepdim=True).clamp(min=1) / experts).to(z.dtype).log()
+    share = (valid.sum(1, keepdim=True).clamp(min=1).to(z.dtype) / experts).log()
     outside = torch.where(valid, 0, -torch.inf).to(z.dtype)
     outside = torch.where(valid.any(1, keepdim=True), outside, 0)
     g = z.new_zeros(z.shape[0], experts)
