@@ -17,7 +17,6 @@ _PUBLIC = {  # loaded on first use: importing `moe` imports no torch
     "Routing": "moe.routers.base",
     "Tokens": "moe.routers.base",
     "Transformer": "moe.model.transformer",
-    "train": "moe.train.loop",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
