@@ -20,6 +20,8 @@ ROUTERS = {
     "base": "moe.routers.assignment:BalancedAssignment",
     "sparse_ot": "moe.routers.sparse_ot:SparseOT",
     "top_k": "moe.routers.top_k:TopK",
+    "noisy_top_k": "moe.routers.noisy_top_k:NoisyTopK",
+    "hash": "moe.routers.hash:Hash",
     "sigma": "moe.routers.sigma:Sigma",
     "avg_k": "moe.routers.avg_k:AvgK",
     "sparse_mixer": "moe.routers.sparse_mixer:SparseMixer",

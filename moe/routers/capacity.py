@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ _PARTS = 10**6  # factors are exact to this fraction, so that 1.1 * 100 tokens o
 class Capacity:
     """Keep at most ceil(tokens * k * factor / E) assignments of each group of tokens for each expert.
 
-    factor: above E / k or so nothing is ever dropped.
+    factor: from E / k on nothing is ever dropped.
     drop: which are kept. "order": first choices before second ones, and among those as the tokens stand (GShard: Lepikhin
         et al., 2020). "priority": first choices before second ones, and among those the tokens with the largest weights
         (batch priority: Riquelme et al., 2021). "weight": those with the largest weights, whichever choice they are.
@@ -25,8 +26,8 @@ class Capacity:
     multiple: capacities are rounded up to a multiple of this (V-MoE: 4).
 
     Padding takes no room, and is not among the tokens. Dropped assignments get expert E and weight 0, and the others keep
-    their weights. With anything but k=1 and drop="order" what becomes of a token depends on later ones, which a model that
-    generates cannot see; only then is a call on a longer text the same on its beginning.
+    their weights. What becomes of a token depends on later ones, which a model that generates cannot see: through the number
+    of tokens, and, with anything but k=1 and drop="order", through what they choose.
     """
 
     def __init__(
@@ -38,13 +39,15 @@ class Capacity:
         group: int | Literal["sequence"] = "sequence",
         multiple: int = 1,
     ) -> None:
-        self.num_experts, self.parts, self.drop, self.group, self.multiple = num_experts, round(factor * _PARTS), drop, group, multiple
-        if self.parts < 1:
-            raise ConfigError(f"capacity_factor={factor} would drop every token; choose router.capacity_factor above 0, such as 1.25")
+        if not 1 / _PARTS <= factor < math.inf:
+            raise ConfigError(
+                f"capacity_factor={factor} is no share of tokens; choose router.capacity_factor above 0, such as 1.25, or null"
+            )
         if isinstance(group, int) and group < 1:
             raise ConfigError(f"capacity_group={group} is not a number of tokens; choose router.capacity_group=sequence or at least 1")
         if multiple < 1:
             raise ConfigError(f"capacity_multiple={multiple} is nothing to round up to; choose router.capacity_multiple of at least 1")
+        self.num_experts, self.parts, self.drop, self.group, self.multiple = num_experts, round(factor * _PARTS), drop, group, multiple
 
     @classmethod
     def of(cls, num_experts: int, factor: float | None, drop: str, group: int | str, multiple: int) -> Capacity | None:
@@ -68,7 +71,7 @@ class Capacity:
         order = order[place]
         position = torch.arange(len(bucket), device=bucket.device) - torch.searchsorted(bucket, bucket)
         kept = position < self._room(group, tokens, k)[order // k]
-        kept = torch.empty_like(kept).scatter_(0, order, kept)
+        kept = torch.empty_like(kept).scatter_(0, order, kept) & (routing.expert < self.num_experts)
         return routing._replace(
             expert=torch.where(kept, routing.expert, self.num_experts),
             weight=routing.weight * kept,  # not `where`: a dropped NaN stays one
@@ -77,7 +80,7 @@ class Capacity:
 
     def _groups(self, tokens: Tokens) -> Int[Tensor, " t"]:
         """A number below t for each token, which those of its group share."""
-        if self.group == "sequence":
+        if not isinstance(self.group, int):
             return tokens.sequence
         key = (tokens.sequence << 40) + tokens.index // self.group
         return torch.searchsorted(key.sort().values, key)

@@ -158,7 +158,7 @@ class TopK(Router):
         if not self.balance_loss:
             return probability.new_zeros(())
         if self.balance_scope == "sequence":
-            expert = counted.expert.view(len(probability), -1)
+            expert = counted.expert.view(-1, self.k if self.balance_counts == "all" else 1)
             load = losses.sequence_loads(expert, tokens.sequence, self.num_experts)[tokens.sequence]
             return self.balance_loss * losses.balance(load, probability).sum()
         load = counted.load(self.num_experts)
