@@ -92,7 +92,8 @@ class Auction:
         bidding = self.present & (self.owner == self.experts)
         net = self.value - self.price[:, None]
         expert = net.argmax(2)
-        first, second = net.topk(2, dim=2).values.unbind(2)
+        first = net.gather(2, expert[..., None])[..., 0]
+        second = net.scatter_(2, expert[..., None], -torch.inf).amax(2)
         bid = self.price.gather(1, expert) + (first - second) + self.epsilon[:, None]
         self.owner = torch.where(bidding, expert, self.owner)
         self.bid = torch.where(bidding, bid, self.bid)
