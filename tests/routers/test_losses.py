@@ -52,6 +52,59 @@ def test_importance_is_the_squared_coefficient_of_variation():
     assert losses.importance(torch.zeros(4)).item() == 0
 
 
+def test_importance_of_many_sets_is_one_number_each():
+    weight = torch.tensor([[1.0, 2.0, 3.0, 6.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    found = losses.importance(weight)
+    torch.testing.assert_close(found, torch.tensor([3.5 / 9, 0, 0], dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    (gradient,) = torch.autograd.grad(found.sum(), weight)
+    assert gradient.isfinite().all()
+
+
+def test_the_gshard_form_is_the_balance_of_first_choices():
+    """E^2 times the mean over experts of mean gate times share of first choices."""
+    load, probability = torch.tensor([2, 1, 1, 0]), torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    gshard = 16 * (probability * load / 4).mean()
+    torch.testing.assert_close(losses.balance(load, probability), gshard, rtol=1e-12, atol=0)
+
+
+def test_balance_of_sequences_is_that_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    sequence = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    probability = torch.rand(8, 4, generator=generator, dtype=torch.float64).softmax(-1)
+    expert = probability.topk(2).indices
+    expert[4, 1] = 4  # dropped: in nobody's load
+    load = losses.sequence_loads(expert, sequence, 4)
+    for s in range(3):
+        mine = torch.bincount(expert[sequence == s].flatten(), minlength=5)[:4]
+        assert torch.equal(load[s], mine)
+        alone = losses.balance(mine, probability[sequence == s].sum(0))
+        together = losses.balance(load[sequence], probability)[sequence == s].sum()
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+
+
+def test_load_golden_value():
+    """One token, noisy logits (3, 2, 1), k = 1 and unit noise: an expert has to beat 3, and the best of them 2."""
+    clean, noisy = torch.tensor([[2.0, 2.5, 1.0]], dtype=torch.float64), torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+    phi = torch.tensor([[0.1586552539, 0.3085375387, 0.0227501319]], dtype=torch.float64)  # of -1, -.5 and -2
+    torch.testing.assert_close(losses.smooth_load(clean, noisy, 1, 1.0), phi, rtol=1e-8, atol=0)
+    phi[0, 0] = 0.5
+    torch.testing.assert_close(losses.smooth_load(clean, noisy, 1, 1.0, against="others"), phi, rtol=1e-8, atol=0)
+    assert losses.importance(phi[0]).item() == pytest.approx(0.50083954, abs=1e-8)
+
+
+def test_against_the_others_the_chance_is_that_of_a_redraw_of_one():
+    torch.manual_seed(0)
+    clean, std, k = torch.randn(1, 5, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64) + 0.2, 3
+    noisy = clean + std * torch.randn(1, 5, dtype=torch.float64)
+    chance = losses.smooth_load(clean, noisy, k, std, against="others")
+    for e in range(5):
+        again = noisy.repeat(100_000, 1)
+        again[:, e] = clean[0, e] + std[0, e] * torch.randn(100_000, dtype=torch.float64)
+        selected = (again.topk(k).indices == e).any(1).double().mean()
+        assert chance[0, e].item() == pytest.approx(selected.item(), abs=0.008)
+    assert (losses.smooth_load(clean, noisy, 5, std, against="others") == 1).all()
+
+
 def test_smooth_load_is_the_chance_of_being_selected_on_a_redraw():
     torch.manual_seed(0)
     clean, std, k = torch.randn(1, 4, dtype=torch.float64), 0.5, 2

@@ -220,6 +220,72 @@ def test_jitter_scales_inputs_within_bounds_and_in_training_alone():
     assert factor.mean().item() == pytest.approx(1.0, abs=4 * 0.25 / math.sqrt(3 * 4000))
 
 
+# Switch and GShard, which are settings: numbers worked out by hand.
+
+
+def identity(x: list[list[float]], **options):
+    """A router whose logits are its input, and one sequence."""
+    router = build({"name": "top_k", **options}, 4, 4).double()
+    router.weight.data.copy_(torch.eye(4))
+    x = torch.tensor(x, dtype=torch.float64)
+    return router, x, Tokens.of(x)
+
+
+def test_switch_golden_values():
+    """p = (.4, .3, .2, .1) and two permutations of it; capacity ceil(4 * 1.25 / 4) = 2, f = (3/4, 1/4, 0, 0)."""
+    p = [[0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2], [0.2, 0.4, 0.3, 0.1], [0.4, 0.3, 0.2, 0.1]]
+    switch = {"k": 1, "normalize": "none", "capacity_factor": 1.25, "balance_loss": 0.01}
+    router, x, tokens = identity([[math.log(v) for v in row] for row in p], **switch)
+    routing = router(x, tokens)
+    assert routing.expert.tolist() == [0, 0, 1, 4]
+    torch.testing.assert_close(routing.weight.tolist(), [0.4, 0.4, 0.4, 0.0], rtol=1e-12, atol=0)
+    # 4 * (3/4 * .35 + 1/4 * .275) = 1.325, and what is dropped counts in f
+    assert routing.loss.item() == pytest.approx(0.01 * 4 * 1.325, rel=1e-12)
+    assert routing.stats["demand"].tolist() == [3, 1, 0, 0]
+    assert routing.load(4).tolist() == [2, 1, 0, 0]
+
+
+def test_gshard_golden_values():
+    """Second choices weigh g2 / (g1 + g2) and are used with twice that chance; the loss counts first choices alone."""
+    p = [[0.6, 0.2, 0.15, 0.05]] * 4000
+    gshard = {"second": "random", "balance_counts": "first", "balance_scope": "micro", "balance_loss": 0.01}
+    router, x, tokens = identity([[math.log(v) for v in row] for row in p], **gshard)
+    routing = router(x, tokens)
+    expert, weight = routing.expert.view(-1, 2), routing.weight.view(-1, 2)
+    assert (expert[:, 0] == 0).all()
+    torch.testing.assert_close(weight[:, 0], torch.full_like(weight[:, 0], 0.75), rtol=1e-12, atol=0)
+    used = expert[:, 1] == 1
+    assert used.double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(4000))
+    assert (expert[~used, 1] == 4).all()
+    torch.testing.assert_close(weight[:, 1], 0.25 * used.double(), rtol=1e-12, atol=0)
+    assert routing.loss.item() == pytest.approx(0.01 * 4000 * 4 * 0.6, rel=1e-12)  # E * sum of top-1 share * mean gate
+    assert torch.equal(routing.stats["demand"], routing.load(4)), "what is not used is not dropped"
+    assert (router(x, tokens._replace(step=1)).expert.view(-1, 2)[:, 1] != expert[:, 1]).any()
+    assert (router.eval()(x, tokens).expert.view(-1, 2) == torch.tensor([0, 1])).all()
+
+
+def test_the_random_second_choice_is_always_used_if_it_is_as_good_and_never_if_it_is_hopeless():
+    router, x, tokens = identity([[0.0, 0.0, -9, -9]] * 500 + [[50.0, 0.0, -9, -9]] * 500, second="random")
+    second = router(x, tokens).expert.view(-1, 2)[:, 1]
+    assert (second[:500] == 1).all()
+    assert (second[500:] == 4).all()
+
+
+@pytest.mark.parametrize("counts", ["all", "first"])
+def test_the_balance_loss_of_a_window_counts_what_was_asked_for(counts):
+    options = {"capacity_factor": 0.5, "balance_counts": counts, "balance_loss": 1.0}
+    router = make(**options)
+    x, tokens = make_tokens(24)
+    routing = router(x, tokens)
+    assert routing.load(E).sum() < routing.stats["demand"].sum()
+    chosen = make(balance_loss=1.0)(x, tokens).expert.view(24, 2)[:, : 2 if counts == "all" else 1]
+    load = torch.bincount(chosen.flatten(), minlength=E).double()
+    expected = E * (load / load.sum() * routing.stats["probability"]).sum()
+    torch.testing.assert_close(routing.loss.detach(), expected, rtol=1e-12, atol=0)
+    router.window, router.window_complete, router.window_stats = routing.load(E), True, routing.stats
+    torch.testing.assert_close(router(x, tokens).loss.detach(), expected, rtol=1e-12, atol=0)
+
+
 # The expert bias: the bugs that other systems have had with it, one test each.
 
 
