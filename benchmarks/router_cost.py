@@ -171,10 +171,11 @@ def main() -> None:
         rows += measure(shape, threads, 2 if options.quick else options.rounds)
         print(f"{threads} threads: measured", file=sys.stderr, flush=True)
     table = [{key: value for key, value in row.items() if key != "times"} for row in rows]
-    size = (
-        f"{shape.sequences} sequences of {shape.length} tokens, d_model {shape.d_model}, {shape.experts} experts of width {shape.d_expert}"
+    notes = (
+        f"{shape.sequences} sequences of {shape.length} tokens, d_model {shape.d_model}, {shape.experts} experts of width {shape.d_expert}.",
+        f"float32, in training, k={K} unless a line says otherwise; forward + backward with every auxiliary loss that is on.",
+        __doc__.split("\n\n")[1].replace("\n", " ").strip(),
     )
-    notes = (f"{size}, float32; k={K} where a router has a k; in training, with every auxiliary loss that is on.", __doc__.split("\n\n")[1])
     write_report("router_cost", table, raw=rows, json_file=options.json, quick=options.quick, notes=notes)
 
 
