@@ -172,7 +172,7 @@ def main() -> None:
         print(f"{threads} threads: measured", file=sys.stderr, flush=True)
     table = [{key: value for key, value in row.items() if key != "times"} for row in rows]
     notes = (
-        f"{shape.sequences} sequences of {shape.length} tokens, d_model {shape.d_model}, {shape.experts} experts of width {shape.d_expert}.",
+        f"{shape.sequences} sequences of {shape.length}, d_model {shape.d_model}, {shape.experts} experts of width {shape.d_expert}.",
         f"float32, in training, k={K} unless a line says otherwise; forward + backward with every auxiliary loss that is on.",
         __doc__.split("\n\n")[1].replace("\n", " ").strip(),
     )
