@@ -215,6 +215,22 @@ def test_samples_follow_the_masked_softmax_and_each_round_leaves_out_the_last():
     assert stats.chisquare(counts[seen].numpy(), expected[seen].numpy()).pvalue > 1e-4
 
 
+def test_each_round_draws_its_scale_anew():
+    router = make(k=2, jitter=1e6, estimator="v2")
+    row = make_tokens(1)[0][0]
+    x = row.expand(4000, D)
+    routing = router(x, Tokens.of(x))
+    order = (row @ router.weight.T).argsort(descending=True)
+    first, second = routing.expert.view(-1, 2).T
+    scaled_at_random = (first != order[0]) & (second != order[0])  # the best of the first round, while it lasts, is that of the second
+    full = routing.gradient_scale.view(-1, 2)[scaled_at_random] == 1
+    assert len(full) > 1000
+    for a, b in itertools.product((True, False), repeat=2):
+        chance = (0.25 if a else 0.75) * (0.25 if b else 0.75)
+        share = ((full[:, 0] == a) & (full[:, 1] == b)).double().mean().item()
+        assert abs(share - chance) < 5 * math.sqrt(chance / len(full))
+
+
 def test_masked_logits_have_exactly_no_gradient():
     router = make(k=2, jitter=0.2, balance_loss=0.0)
     x, tokens = make_tokens(30)
