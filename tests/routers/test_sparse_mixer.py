@@ -218,7 +218,7 @@ def test_samples_follow_the_masked_softmax_and_each_round_leaves_out_the_last():
 def test_each_round_draws_its_scale_anew():
     router = make(k=2, jitter=1e6, estimator="v2")
     row = make_tokens(1)[0][0]
-    x = row.expand(4000, D)
+    x = row.expand(8000, D)
     routing = router(x, Tokens.of(x))
     order = (row @ router.weight.T).argsort(descending=True)
     first, second = routing.expert.view(-1, 2).T
