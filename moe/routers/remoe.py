@@ -55,7 +55,12 @@ class ReMoE(Router):
         gate = torch.where(tokens.valid[:, None], linear(x, self.weight).relu(), 0)
         with torch.no_grad():
             share = gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
-            stats = {"gate": gate.sum(0), "entropy": losses.entropy(share).sum(), "confidence": share.amax(-1).sum()}
+            stats = {
+                "gate": gate.sum(0),
+                "demand": (gate != 0).sum(0),  # nothing is dropped, whatever k aims at
+                "entropy": losses.entropy(share).sum(),
+                "confidence": share.amax(-1).sum(),
+            }
         routing = Routing.dense(gate, stats=stats)
         if not self.training:
             return routing

@@ -34,7 +34,7 @@ def test_gates_are_the_positive_logits():
     expected[:4] = 0
     torch.testing.assert_close(table(routing, 30, E)[:, :E], expected, rtol=1e-13, atol=0)
     assert (routing.weight > 0).all()
-    assert routing.load(E).tolist() == (expected > 0).sum(0).tolist()
+    assert routing.load(E).tolist() == routing.stats["demand"].tolist() == (expected > 0).sum(0).tolist()
 
 
 def test_penalty_is_the_definition():
