@@ -32,7 +32,8 @@ class Hash(Router):
     vocab: number of token ids; null: the model's.
     capacity_factor, drop, capacity_group, capacity_multiple: see `Capacity`; None drops nothing.
 
-    The files are read when training starts; the table is part of checkpoints, and counts from then on.
+    The files are read when training starts or goes on; the table is part of checkpoints, and the one that a run began with is
+    the one it keeps.
     """
 
     table: Tensor | None
@@ -150,24 +151,24 @@ def balanced_table(counts: list[int], num_experts: int, k: int) -> Int[Tensor, "
     An id that does not occur counts as if it did once, so that rare ids spread too.
     """
     experts = [(0, expert) for expert in range(num_experts)]
-    table = torch.empty(len(counts), k, dtype=torch.int64)
+    table: list[list[int]] = [[]] * len(counts)
     for token in _falling(counts):
         emptiest = [heapq.heappop(experts) for _ in range(k)]
-        table[token] = torch.tensor([expert for _, expert in emptiest])
+        table[token] = [expert for _, expert in emptiest]
         for load, expert in emptiest:
             heapq.heappush(experts, (load + max(counts[token], 1), expert))
-    return table
+    return torch.tensor(table)
 
 
 def clustered_table(counts: list[int], num_experts: int, k: int) -> Int[Tensor, "v k"]:
     """Ids from the most frequent to the rarest, cut into E runs of as equal token counts as ids allow; then the k - 1 runs that follow."""
     total, seen = sum(max(count, 1) for count in counts), 0
-    first = torch.empty(len(counts), dtype=torch.int64)
+    first = [0] * len(counts)
     for token in _falling(counts):
         weight = max(counts[token], 1)
         first[token] = (2 * seen + weight) * num_experts // (2 * total)  # where the middle of the id's tokens lies
         seen += weight
-    return (first[:, None] + torch.arange(k)) % num_experts
+    return (torch.tensor(first)[:, None] + torch.arange(k)) % num_experts
 
 
 def _falling(counts: list[int]) -> list[int]:

@@ -79,14 +79,19 @@ def test_an_exact_window_holds_the_whole_global_batch_and_routing_is_replayed():
 SIGMA = {"name": "sigma", "entropy_loss": 1.0, "expert_dropout": 0.3}  # a loss that is not linear in the batch's mean
 
 
-def trained(rank, world, cases):
-    return [train(engine(name, router=SIGMA, **options), range(3), 1e-2) for name, options in cases]
+NOISY = {"name": "noisy_top_k", "importance_loss": 1.0, "load_loss": 1.0, "capacity_factor": 0.75}  # so is this, and tokens are dropped
+GSHARD = {"balance_counts": "first", "second": "random", "balance_loss": 1.0, "bias_rate": 0.01, "capacity_factor": 0.75}
 
 
-def test_the_stats_of_an_exact_window_make_any_loss_that_of_the_global_batch():
-    (alone,) = run_ranks(1, trained, [("ddp", {})])[0]
+def trained(rank, world, cases, router):
+    return [train(engine(name, router=router, **options), range(3), 1e-2) for name, options in cases]
+
+
+@pytest.mark.parametrize("router", [SIGMA, NOISY, {"name": "top_k", **GSHARD}], ids=["sigma", "noisy_top_k", "top_k"])
+def test_the_stats_of_an_exact_window_make_any_loss_that_of_the_global_batch(router):
+    (alone,) = run_ranks(1, trained, [("ddp", {})], router)[0]
     cases = [("ddp", {"accumulate": 4}), ("fsdp2", {"accumulate": 2}), ("ddp", {"accumulate": 4, "balance_window": "running"})]
-    exact, sharded, running = run_ranks(2, trained, cases)[0]
+    exact, sharded, running = run_ranks(2, trained, cases, router)[0]
     assert difference(exact, alone) < 1e-11
     assert difference(sharded, alone) < 1e-11
     assert difference(running, alone) > 1e-4
@@ -129,3 +134,10 @@ def test_updating_gives_each_router_its_totals():
             other.update(made.load, int(made.stats["tokens"]))
         assert torch.equal(router.bias, other.bias)
         assert router.bias.abs().sum() > 0
+
+
+def test_a_router_with_a_capacity_learns_from_what_was_asked_for():
+    router = TopK(3, 4, bias_rate=1.0, capacity_factor=1.0)
+    made = Report(torch.zeros(()), torch.tensor([2, 2, 2, 1]), {"demand": torch.tensor([9, 2, 4, 1]), "tokens": torch.tensor(8)})
+    balance.update([router], [made], torch.device("cpu"))
+    assert router.bias.tolist() == [-1.25, 0.75, -0.25, 0.75]  # signs of 4 - demand, around zero

@@ -37,6 +37,12 @@ def test_health_counts_dead_experts_and_drops():
     assert figures["auxiliary_loss"] == 0.5
 
 
+def test_what_a_router_did_not_ask_for_is_not_dropped():
+    made = report([4, 3, 4, 1])
+    made.stats["demand"] = torch.tensor([8, 3, 4, 1])
+    assert health(made, k=2)["drop_rate"] == health(made)["drop_rate"] == 0.25
+
+
 def test_rows_past_the_resumed_step_are_forgotten(tmp_path):
     metrics = Metrics(tmp_path, Log(), first=True, from_step=0)
     for step in (1, 2, 3, 4):
