@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.routers.base import Routing, Tokens
 from moe.shapes import Bool, Float, Int
 
-_ROUNDING = 1e-9  # 10 * 1.2 / 4 is 3 in decimal, and a little more in binary
+_ROUNDING = 1e-9  # 50 * 1.1 is 55 in decimal, and a little more in binary
 
 
 class Groups(NamedTuple):

@@ -136,10 +136,8 @@ def project(x: Float[Tensor, "g n m"], entries: Int[Tensor, "g n"], most: int) -
 
     Its largest coordinates come first: where they are, and what they are. The lowest index wins among equals.
     """
-    if most <= 8:  # where passes of arg max cost less than a sort
-        index = best(x, most)
-    else:
-        index = torch.sort(x, dim=-1, descending=True, stable=True).indices[..., :most]
+    # a few passes of arg max cost less than a sort
+    index = best(x, most) if most <= 8 else torch.sort(x, dim=-1, descending=True, stable=True).indices[..., :most]
     u = x.gather(-1, index)
     number = torch.arange(1, u.shape[-1] + 1, device=x.device)
     inside = number <= entries[..., None]

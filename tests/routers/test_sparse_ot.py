@@ -197,9 +197,9 @@ def adam(problem: Problem, iterations: int, learning_rate: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("side", ["tokens", "experts"])
-@pytest.mark.parametrize(("k", "iterations"), [(1, 20), (2, 20), (3, 200)])
-def test_the_router_dispatches_where_the_plan_has_entries_and_weighs_by_the_softmax(side, k, iterations):
-    router = make(side=side, k=k, iterations=iterations, leak="allow", gamma=0.2)
+@pytest.mark.parametrize(("k", "iterations", "std"), [(1, 20, 0.5), (2, 20, 0.5), (3, 200, 3.0), (6, 200, 3.0)])
+def test_the_router_dispatches_where_the_plan_has_entries_and_weighs_by_the_softmax(side, k, iterations, std):
+    router = make(std, side=side, k=k, iterations=iterations, leak="allow", gamma=0.2)
     x, tokens = make_tokens(42, sequences=2)
     routing = router(x, tokens)
     probability = (x @ router.weight.T).softmax(-1).detach()
