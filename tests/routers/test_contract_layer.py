@@ -15,7 +15,12 @@ from moe.tables import entry
 from tests.routers.test_contract import SPARSE, D, every, make, make_tokens, table
 
 # Rows that know experts by more than rows of parameters and buffers, and how: they cannot be relabelled.
-LABELLED: dict[str, str] = {"hash": "its table names experts by their numbers"}
+LABELLED: dict[str, str] = {
+    "hash": "its table names experts by their numbers",
+    "comet": "its trees have leaves of different depth and different parents",
+    "dselect_k": "its bits spell experts' numbers",
+    "local_search": "its permutation names experts by their numbers",
+}
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -48,9 +48,10 @@ def on_ranks(router: Router, calls: list[tuple[torch.Tensor, Tokens]]) -> list[R
 
 
 def build_like(router: Router) -> Router:
-    """A shallow copy that shares parameters and buffers, but not the seams."""
+    """A shallow copy that shares parameters and buffers, but not the seams, nor those of a router that it wraps."""
     twin = object.__new__(type(router))
     twin.__dict__.update(router.__dict__)
+    twin._modules = {name: build_like(module) if isinstance(module, Router) else module for name, module in router._modules.items()}
     return twin
 
 
