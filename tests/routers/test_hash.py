@@ -52,6 +52,7 @@ def test_random_tables_are_drawn_by_their_stream_alone():
     assert 0.05 < (one == other).double().mean() < 0.2  # an eighth by chance
     pairs = torch.zeros(8, 8, dtype=torch.int64).index_put((one[:, 0], one[:, 1]), torch.ones(2000, dtype=torch.int64), accumulate=True)
     assert (pairs + 100 * torch.eye(8, dtype=torch.int64)).min() > 0, "two experts never work together"
+    assert len({frozenset(row) for row in random_table(8, 8, 4, 0).tolist()}) > 2, "the same four experts again and again"
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe.routers import Tokens, build
+from moe.routers import Tokens, build, noise
 from moe.routers.base import best
 
 D, E = 12, 8
@@ -257,6 +257,8 @@ def test_gshard_golden_values():
     used = expert[:, 1] == 1
     assert used.double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(4000))
     assert (expert[~used, 1] == 4).all()
+    jitter = noise.uniform(router.stream, tokens.step, tokens.index, 1)[:, 0]
+    assert 0.45 < (used == (jitter < 0.5)).double().mean() < 0.55, "one draw serves two ends"
     torch.testing.assert_close(weight[:, 1], 0.25 * used.double(), rtol=1e-12, atol=0)
     assert routing.loss.item() == pytest.approx(0.01 * 4000 * 4 * 0.6, rel=1e-12)  # E * sum of top-1 share * mean gate
     assert torch.equal(routing.stats["demand"], routing.load(4)), "what is not used is not dropped"
