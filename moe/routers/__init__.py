@@ -15,13 +15,13 @@ from moe.tables import entry, nearest
 __all__ = ["ROUTERS", "Router", "Routing", "Tokens", "build"]
 
 ROUTERS = {
+    "top_k": "moe.routers.top_k:TopK",
+    "noisy_top_k": "moe.routers.noisy_top_k:NoisyTopK",
+    "hash": "moe.routers.hash:Hash",
     "expert_choice": "moe.routers.expert_choice:ExpertChoice",
     "sinkhorn": "moe.routers.sinkhorn:Sinkhorn",
     "base": "moe.routers.assignment:BalancedAssignment",
     "sparse_ot": "moe.routers.sparse_ot:SparseOT",
-    "top_k": "moe.routers.top_k:TopK",
-    "noisy_top_k": "moe.routers.noisy_top_k:NoisyTopK",
-    "hash": "moe.routers.hash:Hash",
     "sigma": "moe.routers.sigma:Sigma",
     "comet": "moe.routers.comet:Comet",
     "dselect_k": "moe.routers.dselect_k:DSelectK",
