@@ -110,9 +110,9 @@ def selector_entropy(reach: Float[Tensor, "t k E"], valid: Bool[Tensor, " t"]) -
     return torch.where(valid, losses.entropy(reach).sum(-1), 0).sum()
 
 
-@torch.no_grad()
 def gate_statistics(weight: Float[Tensor, "t E"]) -> dict[str, Tensor]:
     """Sums over tokens of what tells how weights over all experts are doing; a token without weights adds nothing."""
+    weight = weight.detach()
     return {"probability": weight.sum(0), "entropy": losses.entropy(weight).sum(), "confidence": weight.amax(-1).sum()}
 
 

@@ -27,6 +27,9 @@ class DSelectK(Router):
     are not zero, and the host waits for their number once a call.
     """
 
+    code_bias: Tensor | None
+    selector_bias: Tensor | None
+
     def __init__(
         self,
         d_model: int,
