@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.choice import Choice
+from moe.choice import Entries
 from moe.errors import ConfigError
 from moe.routers import ROUTERS, build
 from moe.routers.base import Router, Routing, Tokens, linear
@@ -19,7 +19,7 @@ from moe.shapes import Float, Int
 from moe.tables import entry
 
 WRAPPED = {name: ROUTERS[name] for name in ("comet", "dselect_k", "top_k", "hash")}
-Wrapped = Choice(WRAPPED, "router that local_search can wrap", given=("d_model", "num_experts"))
+Wrapped = Annotated[dict[str, Any] | str, Entries(WRAPPED, "router that local_search can wrap", ("d_model", "num_experts"), None)]
 _LITTLE = 1e-6  # share of a token's weight below which the relaxation has lost it
 
 
