@@ -39,7 +39,7 @@ class Comet(Router):
         check_selectors(num_experts, k, gamma, "a tree")
         if entropy_loss < 0:
             raise ConfigError(f"entropy_loss={entropy_loss} would keep trees undecided; choose router.entropy_loss of at least 0")
-        self.trees, self.gamma, self.entropy_loss = k, gamma, entropy_loss
+        self.k, self.gamma, self.entropy_loss = k, gamma, entropy_loss
         self.node = nn.Parameter(torch.empty(k, num_experts - 1, d_model))
         self.node_bias = nn.Parameter(torch.empty(k, num_experts - 1))
         self.leaf = nn.Parameter(torch.empty(k, num_experts, d_model))
@@ -62,7 +62,7 @@ class Comet(Router):
 
     def gates(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Gates:
         """The decision, without the wait for the number of rows."""
-        by_tree = (self.trees, -1)
+        by_tree = (self.k, -1)
         score = linear(x, self.node.flatten(0, 1)).unflatten(-1, by_tree) + full_precision(self.node_bias)
         logits = linear(x, self.leaf.flatten(0, 1)).unflatten(-1, by_tree) + full_precision(self.leaf_bias)
         reach = leaf_reach(smooth_step(score, self.gamma))
@@ -113,7 +113,12 @@ def selector_entropy(reach: Float[Tensor, "t k E"], valid: Bool[Tensor, " t"]) -
 def gate_statistics(weight: Float[Tensor, "t E"]) -> dict[str, Tensor]:
     """Sums over tokens of what tells how weights over all experts are doing; a token without weights adds nothing."""
     weight = weight.detach()
-    return {"probability": weight.sum(0), "entropy": losses.entropy(weight).sum(), "confidence": weight.amax(-1).sum()}
+    return {
+        "probability": weight.sum(0),
+        "entropy": losses.entropy(weight).sum(),
+        "confidence": weight.amax(-1).sum(),
+        "demand": (weight != 0).sum(0),
+    }
 
 
 def uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:

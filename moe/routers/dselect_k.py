@@ -46,7 +46,7 @@ class DSelectK(Router):
         for option, value in (("entropy_loss", entropy_loss), ("validity_loss", validity_loss)):
             if value < 0:
                 raise ConfigError(f"{option}={value} would reward what it is there to prevent; choose router.{option} of at least 0")
-        self.selectors, self.gating, self.gamma = k, gating, gamma
+        self.k, self.gating, self.gamma = k, gating, gamma
         self.entropy_loss, self.validity_loss = entropy_loss, validity_loss
         self.bits = (num_experts - 1).bit_length()
         width = () if gating == "static" else (d_model,)
@@ -88,7 +88,7 @@ class DSelectK(Router):
         if self.code_bias is None or self.selector_bias is None:
             share, reach = full_precision(self.selector).softmax(-1), self._reach(full_precision(self.code))
             return share.expand(len(x), -1), reach.expand(len(x), -1, -1)
-        score = linear(x, self.code.flatten(0, 1)).unflatten(-1, (self.selectors, -1)) + full_precision(self.code_bias)
+        score = linear(x, self.code.flatten(0, 1)).unflatten(-1, (self.k, -1)) + full_precision(self.code_bias)
         return (linear(x, self.selector) + full_precision(self.selector_bias)).softmax(-1), self._reach(score)
 
     def _reach(self, score: Float[Tensor, "*s k bits"]) -> Float[Tensor, "*s k E"]:

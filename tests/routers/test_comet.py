@@ -55,7 +55,7 @@ def defined_weights(router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     weights, entropies = [], []
     for row in x:
         mass, entropy = [torch.zeros((), dtype=torch.float64)] * router.num_experts, torch.zeros((), dtype=torch.float64)
-        for tree in range(router.trees):
+        for tree in range(router.k):
             share = [defined_step(w @ row + b, router.gamma) for w, b in zip(router.node[tree], router.node_bias[tree], strict=True)]
             for leaf, v in enumerate(defined_reach(share, router.num_experts)):
                 mass[leaf] = mass[leaf] + v * (router.leaf[tree, leaf] @ row + router.leaf_bias[tree, leaf]).exp()
@@ -165,6 +165,7 @@ def test_experts_that_no_tree_leads_to_are_not_evaluated():
     out, report = layer(x, tokens)
     assert out.isfinite().all()
     assert report.load.sum() == 5
+    assert torch.equal(report.stats["demand"], report.load)  # nothing is dropped
 
 
 @pytest.mark.parametrize(("gamma", "entropy_loss", "experts_left"), [(0.02, 1.0, "few"), (10.0, 0.0, "nearly all")])

@@ -182,6 +182,25 @@ def test_an_applied_step_takes_the_hungarian_permutation_of_its_relaxation(inner
     assert (gradient == 0).all()
 
 
+def test_a_step_that_was_not_applied_leaves_no_permutation_behind():
+    router = make("hash", steps=2)
+    x, tokens = make_tokens(11, step=1)
+    router(x, tokens)
+    routing = router(x, tokens._replace(step=2))
+    router.update(routing.load(E), 11)
+    assert router.permutation.tolist() == list(range(E))
+
+
+def test_buffers_that_were_only_allocated_get_their_first_values():
+    router = make("hash")
+    table_of_ids = router.router.table.clone()
+    for buffer in router.buffers():
+        buffer.fill_(-1)
+    router.reset_buffers()
+    assert router.permutation.tolist() == list(range(E))
+    assert torch.equal(router.router.table, table_of_ids)
+
+
 def test_ranks_that_differ_in_a_last_bit_keep_the_same_permutation():
     """The relaxation of all ranks together decides."""
     router = make("hash", steps=5)
