@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.report import write_report
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 KINDS = ("dense", "moe")
 
