@@ -27,16 +27,24 @@ def activate(hidden: Tensor, activation: str, gated: bool, out: Tensor) -> Tenso
     return value(gate, out).mul_(up)
 
 
-def activate_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool, out: Tensor) -> Tensor:
-    """The gradient of `hidden`, given that of the activated rows, which is overwritten."""
+def activate_backward(
+    grad: Tensor, hidden: Tensor, scale: Tensor, activation: str, gated: bool, activated: Tensor, grad_scale: Tensor, grad_hidden: Tensor
+) -> None:
+    """Write `activated`, and the gradients of its rows' `scale` and of `hidden`.
+
+    `grad` is that of the scaled rows, and is overwritten: every operation here is a pass over memory, none is made twice.
+    """
     value, gradient = ACTIVATIONS[activation]
     if not gated:
-        return gradient(grad, hidden, out)
+        torch.sum(torch.mul(grad, value(hidden, activated), out=grad_hidden), 1, dtype=grad_scale.dtype, out=grad_scale)
+        gradient(grad.mul_(scale[:, None]), hidden, grad_hidden)
+        return
     gate, up = hidden.chunk(2, dim=1)
-    grad_gate, grad_up = out.chunk(2, dim=1)
-    value(gate, grad_up).mul_(grad)
+    grad_gate, grad_up = grad_hidden.chunk(2, dim=1)
+    torch.mul(value(gate, grad_up), up, out=activated)
+    torch.sum(torch.mul(grad, activated, out=grad_gate), 1, dtype=grad_scale.dtype, out=grad_scale)
+    grad_up.mul_(grad.mul_(scale[:, None]))
     gradient(grad.mul_(up), gate, grad_gate)
-    return out
 
 
 def _relu2(x: Tensor, out: Tensor) -> Tensor:

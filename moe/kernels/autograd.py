@@ -5,8 +5,8 @@ A backend is a module with two functions, told apart from the rest of autograd s
     forward(x, index, weight, counts, up, down, activation, keep)             → y, hidden
     backward(grad, hidden, x, index, weight, counts, up, down, activation, …) → RowGradients
 
-Only x, the pre-activations `hidden` and integers are kept. The combine weight is applied before the down projection, so its
-gradient needs no output: d weight = <d activated, activated>.
+Only x, the pre-activations `hidden` and integers are kept. The gradient of the combine weight needs no output: with
+d activated = (d y) @ down, before the weight, it is <d activated, activated>.
 """
 
 from __future__ import annotations

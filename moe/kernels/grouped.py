@@ -29,8 +29,8 @@ def forward(
     ends = counts.cumsum(0, dtype=torch.int32)
     hidden = grouped_mm(x.index_select(0, index), up.flatten(1, 2).mT, offs=ends)
     activated = x.new_empty(len(index), down.shape[2])
-    activate(hidden, activation, up.shape[1] == 2, activated).mul_(weight[:, None])
-    y = grouped_mm(activated, down.mT, offs=ends)
+    activate(hidden, activation, up.shape[1] == 2, activated)
+    y = grouped_mm(activated, down.mT, offs=ends).mul_(weight[:, None])
     return y.masked_fill_(_dropped(ends, len(index))[:, None], 0), hidden if keep else hidden.new_empty(0, hidden.shape[1])
 
 
@@ -50,14 +50,12 @@ def backward(
     """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
     if not _fits(index, up, down):
         return threads.backward(grad, hidden, x, index, weight, counts, up, down, activation, grad_up, grad_down)
-    gated, scale = up.shape[1] == 2, weight[:, None]
     ends = counts.cumsum(0, dtype=torch.int32)
     dropped = _dropped(ends, len(index))
-    activated = activate(hidden, activation, gated, x.new_empty(len(index), down.shape[2]))
-    grad_activated = grouped_mm(grad, down, offs=ends)
-    grad_weight = (grad_activated * activated).sum(1, dtype=weight.dtype).masked_fill_(dropped, 0)
-    new_down = grouped_mm(grad.T, activated.mul_(scale), offs=ends)
-    grad_hidden = activate_backward(grad_activated.mul_(scale), hidden, activation, gated, torch.empty_like(hidden))
+    activated, grad_weight, grad_hidden = x.new_empty(len(index), down.shape[2]), torch.empty_like(weight), torch.empty_like(hidden)
+    activate_backward(grouped_mm(grad, down, offs=ends), hidden, weight, activation, up.shape[1] == 2, activated, grad_weight, grad_hidden)
+    grad_weight.masked_fill_(dropped, 0)
+    new_down = grouped_mm(torch.mul(grad, weight[:, None], out=torch.empty_like(grad)).T, activated, offs=ends)
     new_up = grouped_mm(grad_hidden.T, x.index_select(0, index), offs=ends).view(up.shape)
     grad_x = grouped_mm(grad_hidden, up.flatten(1, 2), offs=ends).masked_fill_(dropped[:, None], 0)
     new_up = new_up if grad_up is None else grad_up.add_(new_up)

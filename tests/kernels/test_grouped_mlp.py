@@ -233,6 +233,7 @@ def test_the_same_rows_give_the_same_bits(name):
 @pytest.fixture
 def three_threads(monkeypatch):
     monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(threads, "_BLOCK", 4)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -257,6 +258,13 @@ def test_experts_shared_out_over_threads_evaluate_without_gradients(context):
         y = threads.grouped_mlp(Rows(x, index, weight, counts), ExpertWeights(up, down), "silu")
         expected = dense(x.double(), index, weight.double(), counts, up.double(), down.double(), "silu")
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_that_share_experts_multiply_on_one_thread_each():
+    in_parallel = torch.ones(1 << 17)  # a thread's first such operation is where torch would give it all of the process's threads
+    seen = list(threads._pool(3).map(lambda _: (in_parallel.sum(), torch.get_num_threads())[1], range(3)))
+    assert seen == [1, 1, 1]
 
 
 @pytest.mark.usefixtures("three_threads")
