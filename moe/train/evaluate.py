@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from moe.model.transformer import Transformer
 from moe.parallel.mesh import Mesh
 from moe.recipe import Recipe
 from moe.routers.base import Routing
+from moe.shapes import Bool, Float
 from moe.train.folder import write_whole
+
+PROBE_TOKENS = 4096  # of each rank, whose assignments are compared from one evaluation to the next
 
 
 class Evaluation:
@@ -34,21 +38,19 @@ class Evaluation:
             world=mesh.world,
             document_mask=recipe.data.document_mask,
         )
-        self.probe: list[Tensor] | None = None
+        self.probe: dict[int, Tensor] = {}  # what each layer chose for the first batch at the last evaluation
 
     def run(self, step: int) -> dict[str, Any]:
-        """The validation row: mean loss a token, perplexity, bits per byte, churn.
+        """The validation row: mean loss a token, perplexity, bits per byte, and churn of each layer.
 
-        Churn is the share of a fixed probe batch's assignments that changed since the last evaluation.
+        Churn is the share of a fixed probe batch's assignments that the last evaluation did not have.
         """
-        nats, targets, churn = 0.0, 0, None
+        nats, targets, churn = 0.0, 0, {}
         for number, batch in enumerate(self.validation):
-            if number == 0:
-                with Recorder(self.engine.model) as recorder:
-                    sums = self.engine.evaluate(batch, step)
-                churn = self.churn(recorder.experts)
-            else:
+            with Recorder(self.engine.model if number == 0 else None) as recorder:
                 sums = self.engine.evaluate(batch, step)
+            if number == 0:
+                churn = self.churn(recorder.chosen)
             nats, targets = nats + float(sums.loss), targets + int(sums.targets)
         loss = nats / targets
         row = {
@@ -57,15 +59,16 @@ class Evaluation:
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": nats / math.log(2) / self.validation.bytes,
         }
-        return row if churn is None else row | {"churn": round(churn, 6)}
+        return row | churn
 
-    def churn(self, experts: list[Tensor]) -> float | None:
-        before, self.probe = self.probe, experts
-        if before is None or not experts:
-            return None
-        changed = sum(float((a != b).sum()) for a, b in zip(before, experts, strict=True))
-        total = self.mesh.sum(torch.tensor([changed, sum(len(a) for a in experts)], dtype=torch.float64))
-        return (total[0] / total[1]).item()
+    def churn(self, chosen: dict[int, Tensor]) -> dict[str, Any]:
+        """Churn over all layers and of each, in the form of a row; empty the first time."""
+        before, self.probe = self.probe, chosen
+        if not before:
+            return {}
+        counts = self.mesh.sum(torch.stack([changes(before[layer], now) for layer, now in chosen.items()]))
+        share = [round(changed / max(total, 1), 6) for changed, total in [*counts.tolist(), counts.sum(0).tolist()]]
+        return {"churn": share[-1], "layers": {str(layer): {"churn": value} for layer, value in zip(chosen, share, strict=False)}}
 
     def sample(self, step: int) -> str:
         """Text from the model after the recipe's prompt, kept in samples/; every rank takes part, the first writes.
@@ -93,21 +96,30 @@ def continuation(
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
-class Recorder:
-    """Keeps which experts each router chose while it is entered."""
+def changes(before: Bool[Tensor, "t E"], now: Bool[Tensor, "t E"]) -> Float[Tensor, "2"]:
+    """How many of the assignments were not there before, and how many there are."""
+    return torch.stack([(now & ~before).sum(), now.sum()]).double()
 
-    def __init__(self, model: Transformer) -> None:
-        self.routers = model.routers()
-        self.experts: list[Tensor] = []
+
+class Recorder:
+    """Keeps which experts each layer chose for the first tokens of a batch while it is entered; without a model, nothing."""
+
+    def __init__(self, model: Transformer | None) -> None:
+        self.routers = {} if model is None else model.routers()
+        self.chosen: dict[int, Bool[Tensor, "t E"]] = {}
 
     def __enter__(self) -> Recorder:
         self.stack = ExitStack()
-        for router in self.routers.values():
-            self.stack.callback(router.register_forward_hook(self.keep).remove)
+        for layer, router in self.routers.items():
+            self.stack.callback(router.register_forward_hook(partial(self.keep, layer)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def keep(self, router: Any, inputs: Any, routing: Routing) -> None:
-        self.experts.append(routing.expert.detach().cpu())
+    def keep(self, layer: int, router: Any, inputs: Any, routing: Routing) -> None:
+        # a table and not a list: some routers give each token as many experts as they like
+        chosen = torch.zeros(PROBE_TOKENS, router.num_experts + 1, dtype=torch.bool)
+        token, expert = routing.token.cpu(), routing.expert.cpu()
+        chosen[token[token < PROBE_TOKENS], expert[token < PROBE_TOKENS]] = True
+        self.chosen[layer] = chosen[:, :-1]

@@ -44,6 +44,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     if validation:
         best = min(validation, key=lambda row: row["bits_per_byte"])
         facts["validation"] = {"last": validation[-1], "best": best}
+        for layer, figures in validation[-1].get("layers", {}).items():
+            facts.get("layers", {}).get(layer, {}).update(figures)
     return facts
 
 
@@ -109,11 +111,10 @@ def _router(router: dict[str, Any] | str) -> str:
 
 
 def _layers(layers: dict[str, dict[str, float]]) -> Table:
-    names = sorted(
-        {name for layer in layers.values() for name in layer},
-        key=["max_over_mean", "cv", "dead", "drop_rate", "entropy", "confidence", "auxiliary_loss"].index,
-    )
-    table = Table("layer", *(name.replace("_", " ") for name in names), box=None, header_style="bold")
+    named = {"max_over_mean": "max/mean", "drop_rate": "drops", "auxiliary_loss": "aux loss"}  # the others are shown as they are called
+    order = ("max_over_mean", "cv", "dead", "drop_rate", "entropy", "confidence", "auxiliary_loss", "churn")
+    names = [name for name in order if any(name in layer for layer in layers.values())]
+    table = Table("layer", *(named.get(name, name) for name in names), box=None, header_style="bold")
     for number, layer in layers.items():
         table.add_row(number, *(f"{layer[name]:.4g}" if name in layer else "" for name in names))
     return table
