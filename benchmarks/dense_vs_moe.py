@@ -52,7 +52,9 @@ def run(cell: tuple[str, float, int], runs: Path, steps: int) -> dict:
     row = result(folder, steps)
     assert row is not None
     print(f"{kind:<6} lr {rate:g} seed {seed}: {row['bits_per_byte']:.4f} bits per byte", flush=True)
-    return {"kind": kind, "lr": rate, "seed": seed, "validation_loss": row["validation_loss"], "bits_per_byte": row["bits_per_byte"]}
+    commit = json.loads((folder / "environment.json").read_text())["commit"] or "unknown"
+    figures = {"validation_loss": row["validation_loss"], "bits_per_byte": row["bits_per_byte"]}
+    return {"kind": kind, "lr": rate, "seed": seed, "commit": commit} | figures
 
 
 def table(rows: list[dict]) -> list[dict]:
@@ -90,7 +92,9 @@ def main() -> None:
     cells = list(itertools.product(KINDS, RATES[:1], SEEDS[:1]) if options.quick else itertools.product(KINDS, RATES, SEEDS))
     with ThreadPoolExecutor(options.parallel) as pool:
         rows = list(pool.map(lambda cell: run(cell, options.runs, steps), cells))
-    write_report("dense_vs_moe", table(rows), raw=rows, json_file=options.json, quick=options.quick)
+    made = sorted({row["commit"][:7] + ("+" if row["commit"].endswith("+changes") else "") for row in rows})
+    notes = [f"Commits the runs were made at (+ for a changed checkout): {', '.join(made)}.", f"{steps} steps, seeds {SEEDS}."]
+    write_report("dense_vs_moe", table(rows), raw=rows, json_file=options.json, quick=options.quick, notes=notes)
 
 
 if __name__ == "__main__":
