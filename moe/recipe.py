@@ -115,7 +115,8 @@ class Recipe(Settings):
         if self.engine.name != "fsdp2":
             idle["parallel.replicas"] = f"with engine.name={self.engine.name}"
         if self.model.moe is None:
-            idle |= dict.fromkeys(("optimizer.decay_router", "train.balance_window"), "in a dense model (model.moe=null)")
+            dense = ["optimizer.decay_router", "train.balance_window"] + ["engine.recompute"] * (self.engine.recompute == "experts")
+            idle |= dict.fromkeys(dense, "in a dense model (model.moe=null)")
         return idle
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ IDLE = {
     "evaluate.prompt": (["evaluate={sample_tokens: 0, prompt: x}"], "with evaluate.sample_tokens=0"),
 }
 DENSE = {
+    "engine.recompute": ["engine.recompute=experts"],
     "train.balance_window": ["train={accumulate: 2, balance_window: exact}"],
     "optimizer.decay_router": ["optimizer.decay_router=false"],
 }

@@ -46,5 +46,6 @@ class Engine(Settings):
     """How parameters are held, and what is recomputed or compiled."""
 
     name: Literal[*ENGINES] = "ddp"
-    recompute: Literal["none", "full"] = "none"  # activations; never a routing decision
+    # experts: their pre-activations are not kept for the backward pass; full: a block's activations are not; never a routing decision
+    recompute: Literal["none", "experts", "full"] = "none"
     compile: bool = False

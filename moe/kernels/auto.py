@@ -9,7 +9,7 @@ from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
 
 
-def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str, keep: bool = True) -> Float[Tensor, "m d"]:
     """`reference.grouped_mlp` by whole experts a thread on a CPU, by grouped products elsewhere."""
     best = threads if rows.x.device.type == "cpu" else grouped
-    return best.grouped_mlp(rows, weights, activation)
+    return best.grouped_mlp(rows, weights, activation, keep)

@@ -2,11 +2,12 @@
 
 A backend is a module with two functions, told apart from the rest of autograd so that torch.compile sees one opaque call:
 
-    forward(x, index, weight, counts, up, down, activation, keep)             → y, hidden
-    backward(grad, hidden, x, index, weight, counts, up, down, activation, …) → RowGradients
+    forward(x, index, slots, weight, counts, up, down, activation, keep)                    → out, hidden
+    backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, …) → Gradients
 
-Only x, the pre-activations `hidden` and integers are kept. The gradient of the combine weight needs no output: with
-d activated = (d y) @ down, before the weight, it is <d activated, activated>.
+Only x, the pre-activations `hidden` and integers are kept; without `keep` hidden has no rows, and backward computes it again.
+The gradient of the combine weight needs no output: with d activated = (d y) @ down, before the weight, it is
+<d activated, activated>.
 """
 
 from __future__ import annotations
@@ -18,44 +19,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.kernels.permute import sum_slots
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
 
 
-class RowGradients(NamedTuple):
-    """Gradients of the rows in expert order and of the stacked weights."""
+class Gradients(NamedTuple):
+    """Gradients of the vectors, of the rows' weights in expert order, and of the stacked weights."""
 
-    x: Float[Tensor, "n d"]
+    x: Float[Tensor, "m d"]
     weight: Float[Tensor, " n"]
     up: Float[Tensor, "E g f d"]
     down: Float[Tensor, "E d f"]
 
 
-def grouped_mlp(module: str, rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+def grouped_mlp(module: str, rows: Rows, weights: ExpertWeights, activation: str, keep: bool) -> Float[Tensor, "m d"]:
     """`reference.grouped_mlp` computed by the backend in `module`."""
     differentiable = (rows.x, rows.weight, weights.up, weights.down)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return _ExpertMLP.apply(*differentiable, rows.index, rows.counts, rows.slots, module, activation, keep, weights.in_place)
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    integers = (rows.index, rows.slots, rows.counts)
+    return _ExpertMLP.apply(*differentiable, *integers, rows.gradient_scale, module, activation, keep, weights.in_place)
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, up, down, index, counts, slots, module, activation, keep, in_place):
+    def forward(ctx, x, weight, up, down, index, slots, counts, scale, module, activation, keep, in_place):
         forward = _forward if torch.compiler.is_compiling() else importlib.import_module(module).forward
         chosen = (module,) if torch.compiler.is_compiling() else ()
-        y, hidden = forward(*chosen, x, index, weight, counts, up, down, activation, keep)
-        ctx.save_for_backward(x, weight, up, down, index, counts, slots, hidden)
+        out, hidden = forward(*chosen, x, index, slots, weight, counts, up, down, activation, keep)
+        ctx.save_for_backward(hidden, x, index, slots, weight, scale, counts, up, down)
         ctx.module, ctx.activation, ctx.kept = module, activation, None
         if in_place and up.is_leaf and down.is_leaf and not torch.compiler.is_compiling():
             ctx.kept = up, down  # recomputation brings saved tensors back as copies without a gradient to add to
-        return y
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, up, down, index, counts, slots, hidden = ctx.saved_tensors
-        given = (grad.contiguous(), hidden, x, index, weight, counts, up, down, ctx.activation)
+        given = (grad.contiguous(), *ctx.saved_tensors, ctx.activation)
         if torch.compiler.is_compiling():
             dx, dweight, dup, ddown = _backward(ctx.module, *given)
         elif all(ctx.needs_input_grad[2:4]) and ctx.kept and all(p.grad is not None for p in ctx.kept):
@@ -63,8 +63,7 @@ class _ExpertMLP(torch.autograd.Function):
             dup = ddown = None
         else:
             dx, dweight, dup, ddown = importlib.import_module(ctx.module).backward(*given)
-        dx = x.new_zeros(x.shape).index_add_(0, index, dx) if slots is None else sum_slots(dx, slots)
-        return dx, dweight, dup, ddown, *(None,) * 7
+        return dx, dweight, dup, ddown, *(None,) * 8
 
 
 @torch.library.custom_op("moe::expert_mlp", mutates_args=())
@@ -72,6 +71,7 @@ def _forward(
     module: str,
     x: Tensor,
     index: Tensor,
+    slots: Tensor | None,
     weight: Tensor,
     counts: Tensor,
     up: Tensor,
@@ -79,13 +79,12 @@ def _forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return importlib.import_module(module).forward(x, index, weight, counts, up, down, activation, keep)
+    return importlib.import_module(module).forward(x, index, slots, weight, counts, up, down, activation, keep)
 
 
 @_forward.register_fake
-def _(module, x, index, weight, counts, up, down, activation, keep):
-    n = index.shape[0]
-    return x.new_empty(n, x.shape[1]), x.new_empty(n if keep else 0, up.shape[1] * up.shape[2])
+def _(module, x, index, slots, weight, counts, up, down, activation, keep):
+    return torch.empty_like(x), x.new_empty(index.shape[0] if keep else 0, up.shape[1] * up.shape[2])
 
 
 @torch.library.custom_op("moe::expert_mlp_backward", mutates_args=())
@@ -95,15 +94,17 @@ def _backward(
     hidden: Tensor,
     x: Tensor,
     index: Tensor,
+    slots: Tensor | None,
     weight: Tensor,
+    scale: Tensor | None,
     counts: Tensor,
     up: Tensor,
     down: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return importlib.import_module(module).backward(grad, hidden, x, index, weight, counts, up, down, activation)
+    return importlib.import_module(module).backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation)
 
 
 @_backward.register_fake
-def _(module, grad, hidden, x, index, weight, counts, up, down, activation):
+def _(module, grad, hidden, x, index, slots, weight, scale, counts, up, down, activation):
     return torch.empty_like(grad), torch.empty_like(weight), up.new_empty(up.shape), down.new_empty(down.shape)

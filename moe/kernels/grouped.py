@@ -8,6 +8,7 @@ from torch.nn.functional import grouped_mm
 
 from moe.kernels import autograd, threads
 from moe.kernels.activations import activate, activate_backward
+from moe.kernels.permute import bring_home, send_out
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Bool, Float
 
@@ -15,23 +16,31 @@ _ALIGN = 16  # bytes that every stride must be a multiple of
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str, keep: bool = True) -> Float[Tensor, "m d"]:
     """`reference.grouped_mlp` by grouped products, or by the loop where those refuse the dtype or the alignment."""
-    return autograd.grouped_mlp(__name__, rows, weights, activation)
+    return autograd.grouped_mlp(__name__, rows, weights, activation, keep)
 
 
 def forward(
-    x: Tensor, index: Tensor, weight: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str, keep: bool
+    x: Tensor,
+    index: Tensor,
+    slots: Tensor | None,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted outputs in expert order, and the pre-activations if they are to be kept."""
+    """Each vector's sum of weighted outputs, and the pre-activations in expert order if they are to be kept."""
     if not _fits(index, up, down):
-        return threads.forward(x, index, weight, counts, up, down, activation, keep)
+        return threads.forward(x, index, slots, weight, counts, up, down, activation, keep)
     ends = counts.cumsum(0, dtype=torch.int32)
-    hidden = grouped_mm(x.index_select(0, index), up.flatten(1, 2).mT, offs=ends)
+    hidden = _hidden(x, index, ends, up)
     activated = x.new_empty(len(index), down.shape[2])
     activate(hidden, activation, up.shape[1] == 2, activated)
-    y = grouped_mm(activated, down.mT, offs=ends).mul_(weight[:, None])
-    return y.masked_fill_(_dropped(ends, len(index))[:, None], 0), hidden if keep else hidden.new_empty(0, hidden.shape[1])
+    y = grouped_mm(activated, down.mT, offs=ends).mul_(weight[:, None]).masked_fill_(_dropped(ends, len(index))[:, None], 0)
+    return bring_home(y, index, slots, len(x)), hidden if keep else hidden.new_empty(0, hidden.shape[1])
 
 
 def backward(
@@ -39,28 +48,36 @@ def backward(
     hidden: Tensor,
     x: Tensor,
     index: Tensor,
+    slots: Tensor | None,
     weight: Tensor,
+    scale: Tensor | None,
     counts: Tensor,
     up: Tensor,
     down: Tensor,
     activation: str,
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
-) -> autograd.RowGradients:
+) -> autograd.Gradients:
     """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
     if not _fits(index, up, down):
-        return threads.backward(grad, hidden, x, index, weight, counts, up, down, activation, grad_up, grad_down)
+        return threads.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
     ends = counts.cumsum(0, dtype=torch.int32)
     dropped = _dropped(ends, len(index))
+    hidden = hidden if len(hidden) else _hidden(x, index, ends, up)
+    grad = send_out(grad, index, scale, grad.new_empty(len(index), x.shape[1]))
     activated, grad_weight, grad_hidden = x.new_empty(len(index), down.shape[2]), torch.empty_like(weight), torch.empty_like(hidden)
     activate_backward(grouped_mm(grad, down, offs=ends), hidden, weight, activation, up.shape[1] == 2, activated, grad_weight, grad_hidden)
     grad_weight.masked_fill_(dropped, 0)
-    new_down = grouped_mm(torch.mul(grad, weight[:, None], out=torch.empty_like(grad)).T, activated, offs=ends)
+    new_down = grouped_mm(grad.mul_(weight[:, None]).T, activated, offs=ends)
     new_up = grouped_mm(grad_hidden.T, x.index_select(0, index), offs=ends).view(up.shape)
     grad_x = grouped_mm(grad_hidden, up.flatten(1, 2), offs=ends).masked_fill_(dropped[:, None], 0)
     new_up = new_up if grad_up is None else grad_up.add_(new_up)
     new_down = new_down if grad_down is None else grad_down.add_(new_down)
-    return autograd.RowGradients(grad_x, grad_weight, new_up, new_down)
+    return autograd.Gradients(bring_home(grad_x, index, slots, len(x)), grad_weight, new_up, new_down)
+
+
+def _hidden(x: Tensor, index: Tensor, ends: Tensor, up: Tensor) -> Float[Tensor, "n h"]:
+    return grouped_mm(x.index_select(0, index), up.flatten(1, 2).mT, offs=ends)
 
 
 def _fits(index: Tensor, up: Tensor, down: Tensor) -> bool:

@@ -14,14 +14,15 @@ from moe.shapes import Float, Int
 class Rows(NamedTuple):
     """The work of the experts at hand: n assignments in expert order.
 
-    The first counts[0] rows belong to expert 0, and so on; rows past counts.sum() are dropped and come out as zero.
+    The first counts[0] rows belong to expert 0, and so on; rows past counts.sum() are dropped: nothing of them counts.
     """
 
     x: Float[Tensor, "m d"]  # the vectors: local tokens, or rows received from other ranks
     index: Int[Tensor, " n"]  # row i reads x[index[i]]: gathering is the backend's, so that it can be fused
     weight: Float[Tensor, " n"]  # combine weight of row i, float32 or better
     counts: Int[Tensor, " E"]
-    slots: Int[Tensor, "m k"] | None = None  # where each vector's k rows lie, if every vector has k of them
+    slots: Int[Tensor, "m k"] | None = None  # where each vector's k rows lie, dropped ones included, if every vector has k
+    gradient_scale: Float[Tensor, " n"] | None = None  # factor on the gradient that row i's output receives; None: 1
 
 
 class ExpertWeights(NamedTuple):
@@ -46,8 +47,11 @@ ACTIVATIONS = {
 }
 
 
-def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
-    """y[i] = weight[i] * down_e(act(gate_e(x)) * up_e(x)) for x = rows.x[index[i]] and row i's expert e."""
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str, keep: bool = True) -> Float[Tensor, "m d"]:
+    """out[v] = sum of weight[i] * down_e(act(gate_e(x)) * up_e(x)) over the rows i that read x = rows.x[v], e being row i's expert.
+
+    `keep` says whether a backend that writes its own gradients keeps pre-activations for them or computes them again.
+    """
     act = ACTIVATIONS[activation]
     out, start = [], 0
     # unbind, because autograd writes a zero-filled gradient of the whole stack for each `weights.up[e]`
@@ -55,8 +59,26 @@ def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Te
         x = rows.x[rows.index[start : start + count]]
         hidden = [x @ w.T for w in up.unbind()]
         hidden = act(hidden[0]) * hidden[1] if len(hidden) == 2 else act(hidden[0])
-        scale = rows.weight[start : start + count, None]
-        out.append(((hidden @ down.T) * scale).to(x.dtype))
+        out.append((hidden @ down.T) * rows.weight[start : start + count, None])
         start += count
-    out.append(rows.x.new_zeros(len(rows.index) - start, rows.x.shape[1]))
-    return torch.cat(out)
+    y = torch.cat(out)
+    if rows.gradient_scale is not None:
+        y = scale_gradient(y, rows.gradient_scale[:start])
+    return y.new_zeros(rows.x.shape).index_add(0, rows.index[:start], y).to(rows.x.dtype)
+
+
+def scale_gradient(y: Float[Tensor, "n d"], scale: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """`y`, whose rows pass on `scale` times the gradient that they receive."""
+    return _ScaleGradient.apply(y, scale)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, scale):
+        ctx.save_for_backward(scale)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad * scale[:, None].to(grad.dtype), None

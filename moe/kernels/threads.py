@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe.kernels import autograd
 from moe.kernels.activations import activate, activate_backward
+from moe.kernels.permute import bring_home, send_out
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
 
@@ -36,15 +37,23 @@ class Span(NamedTuple):
     stop: int
 
 
-def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str) -> Float[Tensor, "n d"]:
+def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str, keep: bool = True) -> Float[Tensor, "m d"]:
     """`reference.grouped_mlp`, an expert a thread."""
-    return autograd.grouped_mlp(__name__, rows, weights, activation)
+    return autograd.grouped_mlp(__name__, rows, weights, activation, keep)
 
 
 def forward(
-    x: Tensor, index: Tensor, weight: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str, keep: bool
+    x: Tensor,
+    index: Tensor,
+    slots: Tensor | None,
+    weight: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted outputs in expert order, and the pre-activations if they are to be kept."""
+    """Each vector's sum of weighted outputs, and the pre-activations in expert order if they are to be kept."""
     spans, used = _spans(counts)
     gated, (_, width, d) = up.shape[1] == 2, up.flatten(1, 2).shape
     d_expert = down.shape[2]
@@ -63,7 +72,7 @@ def forward(
 
     widths = [d, d_expert] if keep else [d, d_expert, width]
     _each(expert, [span for span in spans if span.stop > span.start], x, widths, used * width * d)
-    return y, hidden
+    return bring_home(y, index, slots, len(x)), hidden
 
 
 def backward(
@@ -71,39 +80,43 @@ def backward(
     hidden: Tensor,
     x: Tensor,
     index: Tensor,
+    slots: Tensor | None,
     weight: Tensor,
+    scale: Tensor | None,
     counts: Tensor,
     up: Tensor,
     down: Tensor,
     activation: str,
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
-) -> autograd.RowGradients:
+) -> autograd.Gradients:
     """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
     spans, used = _spans(counts)
-    gated, width, d, d_expert = up.shape[1] == 2, hidden.shape[1], x.shape[1], down.shape[2]
+    gated, width, d, d_expert, kept = up.shape[1] == 2, hidden.shape[1], x.shape[1], down.shape[2], len(hidden) > 0
     beta = 0 if grad_up is None else 1
     into_up = up.new_empty(up.shape) if grad_up is None else grad_up
     into_down = down.new_empty(down.shape) if grad_down is None else grad_down
     grad_x, grad_weight = x.new_empty(len(index), d), torch.empty_like(weight)
     grad_x[used:].zero_()
     grad_weight[used:].zero_()
-    up, flat_up, scale = up.flatten(1, 2), into_up.view(len(up), width, d), weight[:, None]
+    up, flat_up = up.flatten(1, 2), into_up.view(len(up), width, d)
 
     def expert(buffers: Sequence[Tensor], e: int, start: int, stop: int) -> None:
-        vectors, activated, grad_activated, grad_hidden = buffers
-        rows, g = slice(start, stop), grad[start:stop]
-        h, w, dw = hidden[rows], weight[rows], grad_weight[rows]
-        torch.mm(g, down[e], out=grad_activated)
+        vectors, activated, grad_activated, grad_hidden = buffers[:4]
+        rows = slice(start, stop)
+        w, dw = weight[rows], grad_weight[rows]
+        h = hidden[rows] if kept else torch.mm(torch.index_select(x, 0, index[rows], out=vectors), up[e].T, out=buffers[4])
+        send_out(grad, index[rows], None if scale is None else scale[rows], vectors)
+        torch.mm(vectors, down[e], out=grad_activated)
         for b in _blocks(stop - start):
             activate_backward(grad_activated[b], h[b], w[b], activation, gated, activated[b], dw[b], grad_hidden[b])
-        into_down[e].addmm_(torch.mul(g, scale[rows], out=vectors).T, activated, beta=beta)
+        into_down[e].addmm_(vectors.mul_(w[:, None]).T, activated, beta=beta)
         torch.index_select(x, 0, index[rows], out=vectors)
         flat_up[e].addmm_(grad_hidden.T, vectors, beta=beta)
         torch.mm(grad_hidden, up[e], out=grad_x[rows])
 
-    _each(expert, spans, x, [d, d_expert, d_expert, width], 3 * used * width * d)
-    return autograd.RowGradients(grad_x, grad_weight, into_up, into_down)
+    _each(expert, spans, x, [d, d_expert, d_expert, width] + [width] * (not kept), 3 * used * width * d)
+    return autograd.Gradients(bring_home(grad_x, index, slots, len(x)), grad_weight, into_up, into_down)
 
 
 def _spans(counts: Tensor) -> tuple[list[Span], int]:

@@ -38,9 +38,11 @@ class Experts(nn.Module):
         self.gather: Callable[[ExpertWeights], ExpertWeights] = lambda weights: weights
         # See ExpertWeights.in_place; for engines whose parameters are the ones used here.
         self.in_place = False
+        # False: pre-activations are computed again in the backward pass.
+        self.keep = True
 
-    def forward(self, rows: Rows) -> Float[Tensor, "n d"]:
+    def forward(self, rows: Rows) -> Float[Tensor, "m d"]:
         weights = self.gather(ExpertWeights(self.up, self.down))
         dtype = rows.x.dtype
         weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.in_place)
-        return self.grouped_mlp(rows, weights, self.activation)
+        return self.grouped_mlp(rows, weights, self.activation, self.keep)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import distributed as dist
 
 from moe.model.attention import Attention
+from moe.model.experts import Experts
 from moe.model.layers import FeedForward
 from moe.model.transformer import Transformer
 from moe.parallel.collectives import total_over_ranks
@@ -28,6 +29,9 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     blocks: Any = model.layers
     for block in blocks:
         block.recompute = recompute == "full"
+        for part in block.modules():
+            if isinstance(part, Experts):
+                part.keep = recompute != "experts"
         if compile:
             for part in block.modules():
                 if isinstance(part, Attention | FeedForward):

@@ -36,7 +36,8 @@ def dense(x, index, weight, counts, up, down, activation):
     hidden = torch.einsum("nd,egfd->negf", rows, up)
     act = DERIVABLE[activation](hidden[:, :, 0])
     hidden = act * hidden[:, :, 1] if up.shape[1] == 2 else act
-    return torch.einsum("ne,n,nef,edf->nd", member, weight, hidden, down)
+    home = (torch.arange(len(x))[:, None] == index).to(x.dtype)
+    return torch.einsum("mn,nd->md", home, torch.einsum("ne,n,nef,edf->nd", member, weight, hidden, down))
 
 
 def case(counts, *, d=32, f=16, gated=True, dropped=0, tokens=None, k=None, dtype=torch.float32, seed=0):
@@ -126,9 +127,47 @@ def test_gradients_of_tokens_with_a_fixed_fan_out_are_summed_over_their_slots(na
 @every_backend
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dropped_rows_come_out_as_zero_and_have_no_gradient(name, k, dtype):
+def test_dropped_rows_count_nothing_and_have_no_gradient(name, k, dtype):
     compare(name, *case([3, 0, 4], dropped=5, k=k, dtype=dtype))
     compare(name, *case([0, 0], dropped=4, k=k, dtype=dtype))
+
+
+@every_backend
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_scaled_gradient_changes_what_rows_receive_and_not_what_they_give(name, k):
+    leaves, (index, counts, slots) = case([3, 0, 7], dropped=2, k=k, dtype=torch.float64)
+    scale = torch.rand(len(index), dtype=torch.float64)
+    rows = Rows(leaves[0], index, leaves[1], counts, slots)
+    y, scaled = (backend(name)(r, ExpertWeights(*leaves[2:]), "silu") for r in (rows, rows._replace(gradient_scale=scale)))
+    torch.testing.assert_close(scaled, y, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(y.shape, dtype=torch.float64)
+    # by linearity: the gradient of the weights' sum of rows, each row weighed by its scale
+    x, weight, up, down = (t.detach().requires_grad_() for t in leaves)
+    expected = dense(x, index, weight * scale, counts, up, down, "silu")
+    expected = list(torch.autograd.grad(expected, (x, weight, up, down), upstream))
+    for a, b in zip(torch.autograd.grad(scaled, leaves, upstream), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pre_activations_that_are_not_kept_are_computed_again(name, dtype):
+    leaves, (index, counts, slots) = case([3, 0, 7], dropped=2, k=2, dtype=dtype)
+    results = []
+    for keep in (True, False):
+        y = backend(name)(Rows(leaves[0], index, leaves[1], counts, slots), ExpertWeights(*leaves[2:]), "silu", keep)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPED_MLP if name != "reference"])
+def test_only_kept_pre_activations_take_memory(name):
+    leaves, (index, counts, slots) = case([30, 20], d=8, f=64, k=2)
+    for keep in (True, False):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            backend(name)(Rows(leaves[0], index, leaves[1], counts, slots), ExpertWeights(*leaves[2:]), "silu", keep)
+        assert (50 * 2 * 64 in saved) == keep
 
 
 @every_backend

@@ -37,11 +37,11 @@ ROUTINGS = {
 
 
 def rows_of(routing: Routing, x: torch.Tensor):
-    """What identity experts return: every kept row, zeros behind the last."""
+    """What identity experts return: of each vector, the sum over its kept rows."""
     rows, ticket = LocalDispatcher(E).dispatch(x, routing)
-    y = x[rows.index] * rows.weight[:, None]
-    kept = torch.arange(len(y)) < rows.counts.sum()
-    return rows, ticket, torch.where(kept[:, None], y, 0)
+    kept = int(rows.counts.sum())
+    y = (rows.x[rows.index] * rows.weight[:, None])[:kept]
+    return rows, ticket, torch.zeros_like(rows.x).index_add(0, rows.index[:kept], y)
 
 
 def tokens_of(routing: Routing) -> int:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from moe.errors import ConfigError
-from moe.model.dispatch import scale_gradient
+from moe.kernels.reference import scale_gradient
 from moe.model.moe_layer import MoELayer
 from moe.model.settings import Model
 from moe.model.transformer import Transformer
