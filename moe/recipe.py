@@ -116,6 +116,7 @@ class Recipe(Settings):
             idle["parallel.replicas"] = f"with engine.name={self.engine.name}"
         if self.model.moe is None:
             dense = ["optimizer.decay_router", "train.balance_window"] + ["engine.recompute"] * (self.engine.recompute == "experts")
+            dense += ["parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room"]
             idle |= dict.fromkeys(dense, "in a dense model (model.moe=null)")
         return idle
 
@@ -132,6 +133,18 @@ class Recipe(Settings):
                 "model.moe",
                 f"model.moe.first_dense={moe.first_dense} and model.moe.every={moe.every} leave no sparse layer of "
                 f"model.layers={model.layers}; lower them, or write model.moe=null for a dense model",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_share_out(self) -> Recipe:
+        experts, ranks = self.model.moe.experts if self.model.moe else 1, self.parallel.expert_ranks
+        if experts % ranks:
+            fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+            raise wrong(
+                "parallel.expert_ranks",
+                f"{experts} experts do not split evenly over parallel.expert_ranks={ranks}; choose parallel.expert_ranks from {fitting}, "
+                f"or model.moe.experts={-(-experts // ranks) * ranks}",
             )
         return self
 

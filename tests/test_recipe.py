@@ -28,6 +28,11 @@ REFUSALS = {
     "optimizer.betas=[0.9, 1.0]": "optimizer.betas.1=1.0 should be less than 1",
     "checkpoint.durable_every=700": "checkpoint.durable_every=700 is not a multiple of checkpoint.every=500",
     "parallel={ranks: 8, replicas: 3}": "parallel.replicas=3 does not divide 8 ranks; choose parallel.replicas from 1, 2, 4, 8",
+    "parallel={ranks: 8, expert_ranks: 3}": "parallel.expert_ranks=3 does not divide 8 ranks; choose parallel.expert_ranks from 1, 2, 4, 8",
+    "parallel.expert_ranks=3": "8 experts do not split evenly over parallel.expert_ranks=3; "
+    "choose parallel.expert_ranks from 1, 2, 4, 8, or model.moe.experts=9",
+    "parallel={expert_ranks: 2, exchange: token}": "parallel.exchange=token is not a choice",
+    "parallel={expert_ranks: 2, exchange: fixed, exchange_room: 0}": "parallel.exchange_room=0 should be greater than 0",
     "engine.name=zero": "engine.name=zero is not a choice; choose from ddp, fsdp2",
     "lr=1": "lr is not a setting; did you mean optimizer.lr?",
 }
@@ -44,10 +49,14 @@ IDLE = {
     "schedule.final": (["schedule={name: constant, final: 0.5}"], "with schedule.name=constant"),
     "train.balance_window": (["train.balance_window=exact"], "with train.accumulate=1"),
     "parallel.replicas": (["parallel.replicas=2"], "with engine.name=ddp"),
+    "parallel.exchange": (["parallel.exchange=tokens"], "with parallel.expert_ranks=1"),
+    "parallel.exchange_room": (["parallel={expert_ranks: 2, exchange_room: 3}"], "with parallel.exchange=rows"),
     "evaluate.prompt": (["evaluate={sample_tokens: 0, prompt: x}"], "with evaluate.sample_tokens=0"),
 }
 DENSE = {
     "engine.recompute": ["engine.recompute=experts"],
+    "parallel.expert_ranks": ["parallel.expert_ranks=2"],
+    "parallel.exchange": ["parallel={expert_ranks: 2, exchange: tokens}"],
     "train.balance_window": ["train={accumulate: 2, balance_window: exact}"],
     "optimizer.decay_router": ["optimizer.decay_router=false"],
 }

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe.engines import settings
 from moe.engines.optimizer import Optimizers
 from moe.errors import CheckpointError, ConfigError
+from moe.model.initialise import initial_value
 from moe.model.loss import IGNORE
-from moe.model.moe_layer import Report
+from moe.model.moe_layer import MoELayer, Report
 from moe.model.transformer import Transformer
 from moe.parallel import balance
-from moe.parallel.apply import parallelize
+from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
+from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.mesh import Mesh
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -77,7 +79,11 @@ class Engine(ABC):
         self.run_ahead = balance_window == "exact" and accumulate > 1
         self.routers = list(model.routers().values())
         self.of_routers = {f"{path}.{name}" for path, m in model.named_modules() if m in self.routers for name, _ in m.named_parameters()}
-        parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.grid = parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
+        # parameters of which this rank holds a part of the experts
+        self.shared_out = {name for name, p in model.named_parameters() if p.shape != self.shapes[name]}
+        self.dispatchers = [m.dispatcher for m in model.modules() if isinstance(m, MoELayer) and isinstance(m.dispatcher, AllToAll)]
         self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
         hidden = [name for name in self.parameters if name.startswith("layers.")]
@@ -109,6 +115,11 @@ class Engine(ABC):
         parts = self._cut(batch)
         targets, tokens = self._counts(batch)
         self.model.train()
+        loss, reports = self._fitting(lambda: self._learn(parts, targets, tokens, step))
+        return self._settle(loss, reports, targets, tokens, lr)
+
+    def _learn(self, parts: Sequence[Any], targets: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, list[Report]]:
+        """Loss, reports and gradients of the window."""
         self.clear()
         loss, reports = torch.zeros((), dtype=torch.float64, device=self.mesh.device), None
         with balance.Window(self.routers) as window:
@@ -124,14 +135,34 @@ class Engine(ABC):
                 reports = balance.add_reports(reports, out.reports)
                 if not (last or self.run_ahead):
                     window.add(out.reports)
-        return self._settle(loss, reports or [], targets, tokens, lr)
+        return loss, reports or []
+
+    def _fitting(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns, run again without fixed buffers if on any rank they were too small for its tokens."""
+        result = run()
+        if not self.dispatchers or self.dispatchers[0].how != "fixed":
+            return result
+        seen = [d.overflowed for d in self.dispatchers if d.overflowed is not None]
+        overflowed = sum_ranks(torch.stack(seen).sum()[None]) if seen else torch.zeros(1)
+        for dispatcher in self.dispatchers:
+            dispatcher.overflowed = None
+            dispatcher.check()
+        if not overflowed.item():
+            return result
+        try:
+            for dispatcher in self.dispatchers:
+                dispatcher.exact = True
+            return run()
+        finally:
+            for dispatcher in self.dispatchers:
+                dispatcher.exact = False
 
     @torch.no_grad()
     def evaluate(self, batch: Any, step: int) -> Evaluated:
         """Losses of a held-out batch, summed over ranks; changes nothing. Every rank must call it as often."""
         batch = self._here(batch)
         self.model.eval()
-        out = self.model(*batch, step=step)
+        out = self._fitting(lambda: self.model(*batch, step=step))
         figures = balance.pack(torch.stack([out.loss.double(), _targets(batch).double()]), out.reports)
         figures = sum_ranks(figures).cpu()
         return Evaluated(figures[0], int(figures[1]), balance.unpack(figures[2:], out.reports))
@@ -143,6 +174,8 @@ class Engine(ABC):
         """
         state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._learned().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state().items()}
+        if self.shared_out:
+            state = {key: self._of_all(key.removeprefix("model."), tensor) for key, tensor in state.items()}
         return state | {"optimizer.step": torch.tensor(self.optimizers.steps)}
 
     @torch.no_grad()
@@ -163,6 +196,20 @@ class Engine(ABC):
     def _publish(self) -> None:
         if self.copies:
             torch._foreach_copy_([copy for copy, _ in self.copies], [original for _, original in self.copies])
+
+    def _first(self, name: str, device: torch.device | None = None) -> Tensor:
+        """First value of a parameter: the whole, or of the experts that this rank holds."""
+        here = held(self.grid, self.shapes[name][0]) if self.grid is not None and name in self.shared_out else None
+        return initial_value(name, self.shapes[name], self.model.settings, self.seed, self.master, here).to(device or self.mesh.device)
+
+    def _of_all(self, key: str, tensor: Tensor) -> Tensor:
+        """A parameter of this rank's experts, or a moment of it, as a part of all experts'; the same memory."""
+        name = key if key in self.shapes else key.split(".", 2)[-1]
+        if self.grid is None or name not in self.shared_out:
+            return tensor
+        cut = Shard(2) if isinstance(tensor, DTensor) else Replicate()
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return DTensor.from_local(local.detach(), self.grid, [Replicate(), cut, Shard(0)], run_check=False)
 
     def _learned(self) -> dict[str, Tensor]:
         persistent = self.model.state_dict()

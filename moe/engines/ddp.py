@@ -13,7 +13,6 @@ from torch import distributed as dist
 
 from moe.engines.base import Engine
 from moe.model.experts import Experts
-from moe.model.initialise import initial_value
 
 _BUCKET_BYTES = 25 * 2**20
 _ALIGN = 16  # elements: a gradient begins where vector instructions and grouped products like it
@@ -32,35 +31,38 @@ class DDP(Engine):
             router.reset_buffers()
         masters: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
-            first = initial_value(name, p.shape, model.settings, self.seed, self.master).to(p.device)
+            first = self._first(name)
             if self.compute == self.master or name in self.of_routers:
                 p.data, masters[name] = first, p
             else:
                 p.data, masters[name] = first.to(self.compute), first
                 self.copies.append((p, first))
-        self.buckets = _buckets([(p, masters[name]) for name, p in reversed(list(model.named_parameters()))])
+        pairs = [(name in self.shared_out, (p, masters[name])) for name, p in reversed(list(model.named_parameters()))]
+        self.lanes = [Lane([pair for out, pair in pairs if not out], None)]
+        if self.grid is not None:
+            self.lanes.append(Lane([pair for out, pair in pairs if out], self.grid.get_group("shard")))
+        self.buckets = [bucket for lane in self.lanes for bucket in lane.buckets]
         self.last = False
         self._listen()
         return masters
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        self.last = last and self.mesh.world > 1
-        for bucket in self.buckets:
-            bucket.missing = {p for p, _ in bucket.pairs}
-        self.started = 0
+        self.last = last
+        for lane in self.lanes:
+            lane.expect()
         yield
         self.last = False
-        if last and self.mesh.world > 1:
-            self._start(everything=True)
-            for bucket in self.buckets:
-                bucket.work.wait()
+        if last:
+            for lane in self.lanes:
+                lane.finish()
 
     def gradients(self) -> list[Tensor]:
         return [bucket.sum for bucket in self.buckets]
 
     def counted(self, gradients: list[Tensor]) -> list[Tensor]:
-        return gradients[self.mesh.rank :: self.mesh.world]
+        mine = {id(bucket.sum) for lane in self.lanes for bucket in lane.buckets[lane.rank :: lane.ranks]}
+        return [gradient for gradient in gradients if id(gradient) in mine]
 
     def clear(self) -> None:
         for bucket in self.buckets:
@@ -72,29 +74,22 @@ class DDP(Engine):
         Their word would come too early for weights that two layers share. Where autograd is silent about gradients that it did
         not add, their buckets travel after the backward pass.
         """
-        for bucket in self.buckets:
-            for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
-                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, total if p is not master else None))
+        for lane in self.lanes:
+            for bucket in lane.buckets:
+                for (p, master), total in zip(bucket.pairs, bucket.pieces, strict=True):
+                    p.register_post_accumulate_grad_hook(partial(self._arrived, lane, bucket, total if p is not master else None))
         for module in self.model.modules():
             if isinstance(module, Experts):
                 module.in_place = True
 
-    def _arrived(self, bucket: Bucket, total: Tensor | None, p: Tensor) -> None:
+    def _arrived(self, lane: Lane, bucket: Bucket, total: Tensor | None, p: Tensor) -> None:
         """A gradient is ready; it lies in its bucket already, or has to be added to `total` there."""
         if total is not None and p.grad is not None:
             total += p.grad
             p.grad = None
         if self.last:
             bucket.missing.remove(p)
-            self._start()
-
-    def _start(self, everything: bool = False) -> None:
-        # in the buckets' order, whatever the order of their gradients: it must be the same on all ranks
-        for bucket in self.buckets[self.started :]:
-            if bucket.missing and not everything:
-                return
-            bucket.work = dist.all_reduce(bucket.sum, async_op=True)
-            self.started += 1
+            lane.start()
 
 
 class Bucket:
@@ -109,6 +104,34 @@ class Bucket:
             master.grad = piece
         self.missing: set[Tensor] = set()
         self.work: Any = None
+
+
+class Lane:
+    """The buckets whose gradients are summed over the same ranks."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], group: Any) -> None:
+        self.buckets, self.group, self.started = _buckets(pairs), group, 0
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def expect(self) -> None:
+        """Wait for every gradient anew."""
+        self.started = 0
+        for bucket in self.buckets:
+            bucket.missing = {p for p, _ in bucket.pairs}
+
+    def start(self, everything: bool = False) -> None:
+        """Send the buckets that are full, in their order, whatever that of their gradients: it must be the same on all ranks."""
+        for bucket in self.buckets[self.started :] if self.ranks > 1 else ():
+            if bucket.missing and not everything:
+                return
+            bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
+            self.started += 1
+
+    def finish(self) -> None:
+        """Wait until every bucket holds its sum over ranks."""
+        self.start(everything=True)
+        for bucket in self.buckets[: self.started]:
+            bucket.work.wait()
 
 
 def _buckets(pairs: list[tuple[Tensor, Tensor]]) -> list[Bucket]:

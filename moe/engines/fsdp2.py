@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from moe.engines.base import Engine
 from moe.errors import ConfigError
 from moe.model.experts import Experts
-from moe.model.initialise import initial_value
 
 
 class FSDP2(Engine):
@@ -29,7 +28,7 @@ class FSDP2(Engine):
         mesh = self.mesh.dense()
         self.counts = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
         model: Any = self.model.to(self.master)
-        self._wrap(model, mesh, _expert_dims(model, mesh.size(mesh.ndim - 1)))
+        self._wrap(model, mesh, {} if self.grid is not None else _expert_dims(model, mesh.size(mesh.ndim - 1)))
         self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
@@ -71,15 +70,31 @@ class FSDP2(Engine):
                 if next(router.parameters(), None) is not None:
                     fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
         for block in model.layers:
+            if self.grid is not None and block.moe is not None:
+                self._wrap_experts(block.moe, policy)
             fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=dims.get)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "predict")
 
+    def _wrap_experts(self, layer: Any, policy: MixedPrecisionPolicy) -> None:
+        """This rank's experts, cut along their width over the ranks that hold the same ones."""
+        assert self.grid is not None
+        shards, width = self.grid["shard"].size(), layer.experts.down.shape[2]
+        if width % shards:
+            raise ConfigError(
+                f"experts of width {width} cannot be cut over the {shards} ranks that hold the same ones; choose "
+                f"model.moe.d_expert={-(-width // shards) * shards}, or another parallel.expert_ranks"
+            )
+        mesh = self.grid["shard"] if self.mesh.replicas == 1 else self.grid["replicate", "shard"]
+        reads = layer.experts.summarise(layer.router) is not None
+        fully_shard(layer.experts, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda _: Shard(2))
+        if reads:
+            register_fsdp_forward_method(layer.experts, "summarise")
+
     @torch.no_grad()
     def _begin(self, name: str, p: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
-        whole = initial_value(name, p.shape, self.model.settings, self.seed, self.master)
-        p.copy_(distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None))
+        p.copy_(distribute_tensor(self._first(name, p.device), p.device_mesh, p.placements, src_data_rank=None))
         return p
 
 

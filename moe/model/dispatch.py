@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from moe.kernels.reference import Rows
+from moe.kernels.sort import sort
 from moe.routers.base import Routing
 from moe.shapes import Float
 
@@ -34,14 +34,10 @@ class LocalDispatcher:
         self.num_experts = num_experts
 
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, None]:
-        # stable: equal experts keep token order, so results do not depend on the backend; drops (E) sort last
-        order = torch.sort(routing.expert, stable=True).indices
-        slots = None
-        if routing.fan_out is not None:
-            slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            slots = slots.view(-1, routing.fan_out)
+        order, position, counts = sort(routing.expert, self.num_experts)
+        slots = None if routing.fan_out is None else position.view(-1, routing.fan_out)
         scale = None if routing.gradient_scale is None else routing.gradient_scale[order]
-        return Rows(x, routing.token[order], routing.weight[order], routing.load(self.num_experts), slots, scale), None
+        return Rows(x, routing.token[order], routing.weight[order], counts, slots, scale), None
 
     def combine(self, y: Float[Tensor, "t d"], ticket: None) -> Float[Tensor, "t d"]:
         return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class MoELayer(nn.Module):
         self.num_experts = experts
         self.router = router if isinstance(router, Router) else build(router, d_model, experts)
         self.dispatcher: Dispatcher = LocalDispatcher(experts)
+        # The seam through which summaries of experts that live elsewhere come, for routers that read experts.
+        self.gather_summary: Callable[[Tensor], Tensor] = lambda summary: summary
+        # A stream beside the main one on which shared experts run while tokens travel; None: in turn.
+        self.beside: torch.cuda.Stream | None = None
         self.experts = Experts(d_model, experts, d_expert, activation=activation, gated=gated, backend=backend)
         for weight in self.experts.parameters():
             nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)
@@ -61,11 +66,12 @@ class MoELayer(nn.Module):
 
     def route(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         """The decision; a router that reads experts gets its summary of them, gradient included."""
-        summary = self.router.summary(self.experts.up, self.experts.down)
-        return self.router(x, tokens) if summary is None else self.router(x, tokens, summary)
+        summary = self.experts.summarise(self.router)
+        return self.router(x, tokens) if summary is None else self.router(x, tokens, self.gather_summary(summary))
 
     def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
+        shared = None if self.beside is None else self._shared_beside(x)
         rows, ticket = self.dispatcher.dispatch(x, routing)
         y = self.experts(rows)
         out = self.dispatcher.combine(y, ticket)
@@ -73,8 +79,26 @@ class MoELayer(nn.Module):
             out = out * routing.output_scale.to(out.dtype)
         if self.shared is None:
             return out
-        shared = self.shared(x)
-        return out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        if shared is None:
+            return out + self._shared(x)
+        assert self.beside is not None
+        torch.cuda.current_stream().wait_stream(self.beside)
+        return out + shared
+
+    def _shared(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+        assert self.shared is not None
+        out = self.shared(x)
+        return out if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * out
+
+    def _shared_beside(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+        assert self.beside is not None
+        main = torch.cuda.current_stream()
+        self.beside.wait_stream(main)
+        with torch.cuda.stream(self.beside):
+            out = self._shared(x)
+        x.record_stream(self.beside)  # so that its memory is not given away before the other stream has read it
+        out.record_stream(main)
+        return out
 
     def report(self, routing: Routing, tokens: Tokens) -> Report:
         """What the routing cost and did."""

@@ -5,21 +5,26 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe.model.attention import Attention
 from moe.model.experts import Experts
 from moe.model.layers import FeedForward
+from moe.model.moe_layer import MoELayer
 from moe.model.transformer import Transformer
-from moe.parallel.collectives import total_over_ranks
+from moe.parallel.collectives import gather_ranks, total_over_ranks
+from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.mesh import Mesh
 
 
-def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool) -> None:
-    """Make a model that is alone part of a job: losses that look at the global batch see all of it.
+def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool) -> DeviceMesh | None:
+    """Make a model that is alone part of a job: losses that look at the global batch see all of it, experts are shared out.
 
     Compiled are attention and the dense feed-forward networks; routing and grouped products depend on counts, and
-    torch's grouped product does not compile in float32.
+    torch's grouped product does not compile in float32. Returns the mesh of experts, if they are.
     """
     if mesh.world > 1:
         # a group of its own: the order of its sums among those of the gradients then does not matter
@@ -36,3 +41,29 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
             for part in block.modules():
                 if isinstance(part, Attention | FeedForward):
                     part.compile()
+    if mesh.expert_ranks == 1:
+        return None
+    grid = mesh.experts()
+    for number, block in enumerate(blocks):
+        if block.moe is not None:
+            _share_out(block.moe, number, grid, mesh)
+    return grid
+
+
+def held(grid: DeviceMesh, experts: int) -> range:
+    """The experts that this rank holds."""
+    number = experts // grid["expert"].size()
+    first = grid.get_local_rank("expert") * number
+    return range(first, first + number)
+
+
+def _share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> None:
+    group = grid.get_group("expert")
+    here = len(held(grid, layer.num_experts))
+    layer.dispatcher = AllToAll(number, layer.num_experts, group, how=mesh.exchange, room=mesh.exchange_room)
+    layer.gather_summary = partial(gather_ranks, group=group)
+    for name, p in list(layer.experts.named_parameters()):
+        if len(p) == layer.num_experts:  # not yet: layers may share their experts
+            setattr(layer.experts, name, nn.Parameter(p.new_empty(here, *p.shape[1:])))
+    if grid.device_type == "cuda" and layer.shared is not None:
+        layer.beside = torch.cuda.Stream()

@@ -1,17 +1,46 @@
-"""Sums over ranks: one with a gradient for losses of the global batch, one in place for figures and gradients."""
+"""What travels between ranks: sums, rows, and copies of small things, each with its gradient where it has one.
+
+`recorded` keeps a ledger of all of it, for tests and measurements.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 
+class Sent(NamedTuple):
+    """One collective as this rank took part in it."""
+
+    kind: str
+    ranks: int
+    dtype: torch.dtype
+    bytes: int  # given to other ranks; of a sum, the bytes that are summed
+
+
+_ledger: list[Sent] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Sent]]:
+    """Every collective of this module, in order, while the context is open."""
+    global _ledger
+    before, _ledger = _ledger, []
+    try:
+        yield _ledger
+    finally:
+        _ledger = before
+
+
 def sum_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum `x` over ranks in place, without a gradient; alone it costs nothing."""
-    if dist.get_world_size(group) > 1:
+    if (size := dist.get_world_size(group)) > 1:
+        _note("sum", size, x.dtype, x.nbytes)
         dist.all_reduce(x, group=group)
     return x
 
@@ -27,6 +56,32 @@ def total_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
     return _Total.apply(x, group)
 
 
+def gather_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The ranks' `x`, all of one shape, one after the other along the first dimension, on every rank, with its gradient."""
+    if dist.get_world_size(group) == 1:
+        return x
+    return _Gather.apply(x, group)
+
+
+def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """send[i] rows of `x`, in order, go to the group's rank i; receive[i] rows come from it. Without a gradient."""
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    rank = dist.get_rank(group)
+    _note("exchange", len(send), x.dtype, (sum(send) - send[rank]) * x[:1].numel() * x.element_size() if len(x) else 0)
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+def exchange_with_gradient(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """`exchange`, whose gradient goes the way back."""
+    return _Exchange.apply(x, send, receive, group)
+
+
+def _note(kind: str, ranks: int, dtype: torch.dtype, volume: int) -> None:
+    if _ledger is not None:
+        _ledger.append(Sent(kind, ranks, dtype, volume))
+
+
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -36,3 +91,29 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return sum_ranks(grads[0].clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group, size = group, dist.get_world_size(group)
+        out = x.new_empty(size * len(x), *x.shape[1:])
+        _note("gather", size, x.dtype, x.nbytes * (size - 1))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = sum_ranks(grads[0].clone(memory_format=torch.contiguous_format), ctx.group)
+        return total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.way = receive, send, group
+        return exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange(grads[0], *ctx.way), None, None, None

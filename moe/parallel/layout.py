@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from moe.config import Settings, wrong
 from moe.errors import ConfigError
@@ -16,12 +16,23 @@ class Layout(Settings):
     ranks: PositiveInt | None = None  # the world size this recipe is meant for; null for any
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1  # fsdp2: copies of the sharded model (HSDP)
+    expert_ranks: PositiveInt = 1  # ranks that share out a layer's experts among them; tokens travel
+    # What travels: a row for each expert of a token; a token once for each rank that holds some of its experts; or buffers of
+    # a fixed size, for which no rank waits, and a step that does not fit runs again.
+    exchange: Literal["rows", "tokens", "fixed"] = "rows"
+    exchange_room: float = Field(default=2.0, gt=0)  # fixed: size of a buffer, as a multiple of an even share
     timeout: PositiveInt = 600  # seconds a collective may take before the run stops with the silent rank's name
 
+    def idle(self) -> dict[str, str]:
+        idle = {} if self.exchange == "fixed" else {"exchange_room": f"with parallel.exchange={self.exchange}"}
+        return idle if self.expert_ranks > 1 else {**idle, **dict.fromkeys(("exchange", "exchange_room"), "with parallel.expert_ranks=1")}
+
     @model_validator(mode="after")
-    def _replicas_divide_ranks(self) -> Layout:
+    def _groups_divide_ranks(self) -> Layout:
         if self.ranks is not None and self.ranks % self.replicas:
-            raise wrong("replicas", _unequal(self.replicas, self.ranks))
+            raise wrong("replicas", _unequal("replicas", self.replicas, self.ranks))
+        if self.ranks is not None and self.ranks // self.replicas % self.expert_ranks:
+            raise wrong("expert_ranks", _unequal("expert_ranks", self.expert_ranks, self.ranks // self.replicas))
         return self
 
     def check(self, world: int, batch: int, accumulate: int) -> None:
@@ -32,7 +43,9 @@ class Layout(Settings):
                 f"parallel.ranks={self.ranks} but {started} started; start with --nproc {self.ranks} or set parallel.ranks={world}"
             )
         if world % self.replicas:
-            raise ConfigError(_unequal(self.replicas, world))
+            raise ConfigError(_unequal("replicas", self.replicas, world))
+        if world // self.replicas % self.expert_ranks:
+            raise ConfigError(_unequal("expert_ranks", self.expert_ranks, world // self.replicas))
         parts = world * accumulate
         if batch % parts:
             below, above = batch // parts * parts, (batch // parts + 1) * parts
@@ -44,9 +57,9 @@ class Layout(Settings):
             )
 
 
-def _unequal(replicas: int, world: int) -> str:
-    fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-    return f"parallel.replicas={replicas} does not divide {_count(world, 'rank')}; choose parallel.replicas from {fitting}"
+def _unequal(name: str, value: int, ranks: int) -> str:
+    fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+    return f"parallel.{name}={value} does not divide {_count(ranks, 'rank')}; choose parallel.{name} from {fitting}"
 
 
 def _count(number: int, word: str) -> str:

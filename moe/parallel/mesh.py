@@ -42,6 +42,9 @@ class Mesh:
     replicas: int
     timeout: timedelta
     control: Any  # a process group, gloo on every device; None alone
+    expert_ranks: int = 1
+    exchange: str = "rows"
+    exchange_room: float = 2.0
 
     @property
     def first(self) -> bool:
@@ -53,6 +56,14 @@ class Mesh:
         names, shape = ("replicate", "shard"), (self.replicas, self.world // self.replicas)
         if self.replicas == 1:
             names, shape = names[1:], shape[1:]
+        return self._grid(shape, names)
+
+    def experts(self) -> DeviceMesh:
+        """The device mesh of experts over the same ranks: "expert" ranks hold different ones, "shard" and "replicate" the same."""
+        shards = self.world // self.replicas // self.expert_ranks
+        return self._grid((self.replicas, shards, self.expert_ranks), ("replicate", "shard", "expert"))
+
+    def _grid(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for name in names:
             _prepare(mesh.get_group(name), self.timeout, self.device)
@@ -127,7 +138,8 @@ def start(layout: Layout) -> Mesh:
         # a group of its own: after a timeout the pairs of the failed group are unusable
         _roll_call = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(_roll_call, timeout=timeout)
-    return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control)
+    shape = (layout.expert_ranks, layout.exchange, layout.exchange_room)
+    return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control, *shape)
 
 
 def roll_call() -> str:

@@ -81,12 +81,15 @@ def engine(
     recompute: str = "none",
     compile: bool = False,
     replicas: int = 1,
+    expert_ranks: int = 1,
+    exchange: str = "rows",
+    room: float = 2.0,
     built: Transformer | None = None,
     **shape: Any,
 ) -> Any:
     return entry(ENGINES, name, "engine")(
         built or model(**shape),
-        replace(mesh(), replicas=replicas),
+        replace(mesh(), replicas=replicas, expert_ranks=expert_ranks, exchange=exchange, exchange_room=room),
         optimizer=Optimizer(name=optimizer, **({} if optimizer == "adamw" else {"momentum": momentum})),
         engine=Engine(name=name, recompute=recompute, compile=compile),
         dtype=dtype,

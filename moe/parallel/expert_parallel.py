@@ -1,0 +1,208 @@
+"""Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them and back.
+
+Rank i of n holds experts i * E/n … (i + 1) * E/n - 1. Rows are sorted by expert, which sorts them by destination too; what
+arrives lies by (source, expert) and is read in expert order by index alone. Weights travel with the rows, so that what comes
+home is weighted and only has to be added up. Every rank takes part in every exchange, tokens or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from moe.errors import ConfigError, RankMismatch
+from moe.kernels.permute import bring_home
+from moe.kernels.reference import Rows
+from moe.kernels.sort import sort
+from moe.parallel.collectives import exchange, exchange_with_gradient
+from moe.routers.base import Routing
+from moe.shapes import Float, Int
+
+
+class Route(NamedTuple):
+    """How vectors travel: outward, vector i is token[i]; homeward, token t is the sum of the vectors in slots[t]."""
+
+    token: Int[Tensor, " s"]  # as many as there are tokens, for none
+    slots: Int[Tensor, "t k"] | None  # s for none; None: as `token` says
+    tokens: int
+    send: list[int]  # vectors to each rank of the group
+    receive: list[int]  # vectors from each
+    group: Any
+    gaps: bool = False  # whether any vector may be none
+
+
+class AllToAll:
+    """The dispatcher of a layer whose experts are shared out over `group`.
+
+    how: "rows" sends a token to a rank once for each of its experts there, "tokens" only once; both wait for the device,
+    because the host has to know how many. "fixed" sends buffers of a fixed size and does not wait; what finds no room is lost,
+    and `overflowed` says so: a step that saw it is void, and has to be run again with `exact` set.
+    room: of "fixed", size of a buffer as a multiple of a rank's even share.
+    """
+
+    def __init__(self, layer: int, num_experts: int, group: Any, *, how: str = "rows", room: float = 2.0) -> None:
+        self.num_experts, self.group, self.how, self.room = num_experts, group, how, room
+        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.local = num_experts // self.ranks
+        self.exact = False
+        self.overflowed: Tensor | None = None
+        self.unchecked: list[Tensor] = []
+        self.calls = 0
+        self.digest = _digest(("even", layer, num_experts, self.ranks, how, room))
+
+    def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, Route]:
+        order, position, counts = sort(routing.expert, self.num_experts)
+        send = _fixed if self.how == "fixed" and not self.exact else _once if self.how == "tokens" else _each
+        return send(self, x, routing, order, position, counts)
+
+    def combine(self, y: Float[Tensor, "m d"], ticket: Route) -> Float[Tensor, "t d"]:
+        return _Travel.apply(y, ticket, False)
+
+    def tell(self, counts: Int[Tensor, "r c"]) -> tuple[Tensor, Tensor]:
+        """A row of counts to each rank: what went out, and what came in, on the host."""
+        both = torch.stack([counts, self.sealed(counts)]).cpu()
+        self.check()
+        return both[0], both[1]
+
+    def sealed(self, rows: Int[Tensor, "r c"]) -> Int[Tensor, "r c"]:
+        """A row of integers from each rank for one to each, still on the device.
+
+        A digest of placement, layer and call goes along, for `check`: ranks out of step would compute wrong numbers silently.
+        """
+        self.calls += 1
+        seal = torch.tensor([self.digest, self.calls], device=rows.device).expand(self.ranks, 2)
+        theirs = exchange(torch.cat([rows, seal], 1), [1] * self.ranks, [1] * self.ranks, self.group)
+        self.unchecked.append(torch.cat([theirs[:, -2:], seal], 1))
+        return theirs[:, :-2]
+
+    def check(self) -> None:
+        """Raise RankMismatch if any rank was out of step since the last check; waits for the device."""
+        seals, self.unchecked = torch.cat(self.unchecked).tolist() if self.unchecked else [], []
+        for number, (digest, calls, own_digest, own_calls) in enumerate(seals):
+            if (digest, calls) != (own_digest, own_calls):
+                what = "another placement or layer" if digest != own_digest else f"call {calls}"
+                raise RankMismatch(
+                    f"rank {number % self.ranks} of the expert group sends tokens for {what} where rank {self.rank} is at call "
+                    f"{own_calls}; ranks must run the same layers in the same order: start all of them anew with the same recipe"
+                )
+
+
+def _each(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+    """One vector a row."""
+    out, came = to.tell(counts.view(to.ranks, to.local))
+    send, receive = out.sum(1).tolist(), came.sum(1).tolist()
+    token, slots = routing.token[order[: sum(send)]], None
+    if routing.fan_out is not None:  # drops, which sort last, become "none"
+        slots = position.clamp(max=sum(send)).view(-1, routing.fan_out)
+    route = Route(token, slots, len(x), send, receive, to.group)
+    values = exchange_with_gradient(_values(routing, order[: sum(send)]), send, receive, to.group)
+    expert = _experts(came, to.local, x.device)
+    into, place, held = sort(expert, to.local)
+    return _rows(_Travel.apply(x, route, True), into, values, held, place[:, None], routing), route
+
+
+def _once(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+    """One vector for all rows of a token that go to the same rank."""
+    kept = order[: int(counts.sum())]
+    destination = routing.expert[kept] // to.local
+    pair, vector = torch.unique(destination * len(x) + routing.token[kept], return_inverse=True)
+    vectors = torch.zeros(to.ranks, dtype=torch.int64, device=x.device).scatter_add_(0, pair // max(len(x), 1), torch.ones_like(pair))
+    out, came = to.tell(torch.cat([counts.view(to.ranks, to.local), vectors[:, None]], 1))
+    send, receive = out[:, -1].tolist(), came[:, -1].tolist()
+    route = Route(pair % max(len(x), 1), _distinct(vector, position, routing.fan_out, len(pair)), len(x), send, receive, to.group)
+    rows_out, rows_in = out[:, :-1].sum(1), came[:, :-1].sum(1)
+    among = vector - (vectors.cumsum(0) - vectors)[destination]  # which of the vectors that its rank gets
+    among = exchange(among, rows_out.tolist(), rows_in.tolist(), to.group)
+    values = exchange_with_gradient(_values(routing, kept), rows_out.tolist(), rows_in.tolist(), to.group)
+    before = torch.tensor([sum(receive[:i]) for i in range(to.ranks)])
+    index = among + before.repeat_interleave(rows_in).to(x.device)
+    into, _, held = sort(_experts(came[:, :-1], to.local, x.device), to.local)
+    return _rows(_Travel.apply(x, route, True), index[into], values[into], held, None, routing), route
+
+
+def _fixed(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+    """Buffers of one size for all ranks, which hold as many tokens each; free places count as dropped rows."""
+    if routing.fan_out is None:
+        raise ConfigError("parallel.exchange=fixed needs a router that gives every token as many experts; choose rows or tokens")
+    room = max(1, int(to.room * len(order) / to.ranks + 0.999))
+    loads = counts.view(to.ranks, to.local).sum(1)
+    full = (loads > room).any()
+    to.overflowed = full if to.overflowed is None else to.overflowed | full
+    destination = routing.expert[order] // to.local  # `ranks` for drops
+    among = torch.arange(len(order), device=x.device) - (loads.cumsum(0) - loads)[destination.clamp(max=to.ranks - 1)]
+    places = to.ranks * room
+    place = torch.where((destination < to.ranks) & (among < room), destination * room + among, places)
+
+    def placed(values: Tensor, empty: float) -> Tensor:
+        return values.new_full((places + 1, *values.shape[1:]), empty).index_copy(0, place, values)[:places]
+
+    slots = None if routing.fan_out is None else place[position].view(-1, routing.fan_out)
+    equal = [room] * to.ranks
+    route = Route(placed(routing.token[order], len(x)), slots, len(x), equal, equal, to.group, gaps=True)
+    values = exchange_with_gradient(placed(_values(routing, order), 0), equal, equal, to.group)
+    expert = to.sealed(placed(routing.expert[order] % to.local, to.local).view(to.ranks, room))
+    into, at, held = sort(expert.flatten(), to.local)
+    return _rows(_Travel.apply(x, route, True), into, values, held, at[:, None], routing), route
+
+
+def _values(routing: Routing, order: Tensor) -> Float[Tensor, "n c"]:
+    """What travels with each row beside its vector."""
+    columns = [routing.weight] if routing.gradient_scale is None else [routing.weight, routing.gradient_scale.to(routing.weight.dtype)]
+    return torch.stack(columns, 1)[order]
+
+
+def _rows(x: Tensor, index: Tensor, values: Tensor, counts: Tensor, slots: Tensor | None, routing: Routing) -> Rows:
+    """Rows in expert order; with slots, values still lie as the vectors do."""
+    values = values if slots is None else values[index]
+    return Rows(x, index, values[:, 0], counts, slots, None if routing.gradient_scale is None else values[:, 1])
+
+
+def _experts(came: Tensor, local: int, device: torch.device) -> Int[Tensor, " n"]:
+    """The local expert of each row that came, by source and expert; `came` is on the host."""
+    return torch.arange(local).repeat(len(came)).repeat_interleave(came.flatten()).to(device, non_blocking=True)
+
+
+def _distinct(vector: Tensor, position: Tensor, fan_out: int | None, none: int) -> Int[Tensor, "t k"] | None:
+    """Of each token the vectors that carry it, each once; `none` in place of repeats and drops."""
+    if fan_out is None:
+        return None
+    of_row = torch.cat([vector, vector.new_full((len(position) - len(vector),), none)])
+    slots = of_row[position].view(-1, fan_out).sort(1).values
+    repeated = torch.zeros_like(slots, dtype=torch.bool)
+    repeated[:, 1:] = slots[:, 1:] == slots[:, :-1]
+    return slots.masked_fill(repeated, none)
+
+
+class _Travel(torch.autograd.Function):
+    """Tokens outward or sums homeward; each is the other's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route, outward: bool) -> Tensor:
+        ctx.route, ctx.outward = route, outward
+        return _outward(x, route) if outward else _homeward(x, route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (_homeward if ctx.outward else _outward)(grads[0].contiguous(), ctx.route), None, None
+
+
+def _outward(x: Float[Tensor, "t d"], route: Route) -> Float[Tensor, "m d"]:
+    if route.gaps:
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return exchange(x.index_select(0, route.token), route.send, route.receive, route.group)
+
+
+def _homeward(y: Float[Tensor, "m d"], route: Route) -> Float[Tensor, "t d"]:
+    rows = exchange(y, route.receive, route.send, route.group)
+    if route.slots is not None:
+        return bring_home(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), route.token, route.slots, route.tokens)
+    exact = rows if rows.dtype == torch.float64 else rows.float()
+    return bring_home(exact, route.token, None, route.tokens + 1)[: route.tokens].to(rows.dtype)
+
+
+def _digest(key: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
