@@ -112,21 +112,30 @@ def test_a_cell_that_fails_is_a_line_of_results(tmp_path):
     json.dumps(line)
 
 
-def test_the_table_compares_at_equal_seeds_and_puts_rows_that_look_ahead_last():
-    figures = {"experts": 2.0, "experts_late": 2.0, "experts_held_out": 2.0, "cv": 0.5, "cv_held_out": 0.5, "drop_rate": 0.1}
-    figures |= {"dead_held_out": 1, "churn": 0.2, "parameters": 2_700_000, "lr": 1e-3, "setting": "x"}
+def figures(*bits, peek=0.0):
+    routing = {"experts": 2.0, "experts_late": 2.0, "experts_held_out": 2.0, "cv": 0.5, "cv_held_out": 0.5, "drop_rate": 0.1}
+    others = {"dead_held_out": 1, "churn": 0.2, "parameters": 2_700_000, "lr": 1e-3, "setting": "x"}
+    return [routing | others | {"seed": seed, "bits": value - peek, "bits_alone": value} for seed, value in enumerate(bits)]
 
-    def runs(*bits):
-        return [figures | {"seed": seed, "bits": value, "bits_alone": value + 1} for seed, value in enumerate(bits)]
 
-    lines = {"top_k": runs(2.0, 2.2, 2.4), "hash": runs(2.1, 2.3, 2.5), "expert_choice": runs(1.0, 1.1, 1.3), "base": []}
+def test_the_table_compares_at_equal_seeds_what_holds_without_later_tokens():
+    lines = {"top_k": figures(2.0, 2.2, 2.4), "hash": figures(2.1, 2.3, 2.5), "expert_choice": figures(3.0, 3.1, 3.2, peek=2.0), "base": []}
     times = {"top_k": [1.0, 2.0], "hash": [0.9, 1.8], "expert_choice": [2.0, 4.0]}
     made = language.table(lines, times, {"expert_choice": "always"})
     assert [row["router"] for row in made] == ["top_k", "hash", "expert_choice"]
     hashed = made[1]
     assert (hashed["bits per byte"], hashed["±"]) == (2.3, round(0.2 / 3**0.5, 4))
     assert (hashed["against top_k"], hashed["± of that"]) == (0.1, 0.0)  # what the seeds share cancels
-    assert (hashed["step time"], hashed["dropped %"], hashed["each token alone"]) == (0.9, 10.0, 3.3)
+    assert (hashed["step time"], hashed["dropped %"]) == (0.9, 10.0)
+    assert made[2]["sees later tokens"] == "always: 1.100"
+
+
+def test_rows_of_one_seed_are_in_the_table_and_not_in_the_chart(tmp_path):
+    made = language.table({"top_k": figures(2.0, 2.2), "base": figures(2.1)}, {}, {"base": "in training"})
+    assert [row["±"] for row in made] == [round(0.1 * 2**0.5 / 2**0.5, 4), ""]
+    language.draw(tmp_path / "chart.svg", made)
+    assert "top_k" in (tmp_path / "chart.svg").read_text()
+    assert "base" not in (tmp_path / "chart.svg").read_text()
 
 
 def test_a_watch_counts_experts_in_training_and_balance_on_held_out_text(tmp_path):
