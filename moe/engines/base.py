@@ -22,7 +22,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.model.initialise import initial_value
 from moe.model.loss import IGNORE
 from moe.model.moe_layer import MoELayer, Report
-from moe.model.transformer import Transformer
+from moe.model.transformer import Output, Transformer
 from moe.parallel import balance
 from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
@@ -59,6 +59,8 @@ class Engine(ABC):
     is bfloat16, while what the optimizer moves, its moments and every sum of gradients are float32.
     """
 
+    rules: type[Optimizers] = Optimizers
+
     def __init__(
         self,
         model: Transformer,
@@ -87,7 +89,7 @@ class Engine(ABC):
         self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
         hidden = [name for name in self.parameters if name.startswith("layers.")]
-        self.optimizers = Optimizers(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
+        self.optimizers = self.rules(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
 
     @abstractmethod
     def place(self) -> dict[str, Tensor]:
@@ -109,6 +111,14 @@ class Engine(ABC):
     def clear(self) -> None:
         """Forget the gradients."""
 
+    def forward(self, part: Any, step: int) -> Output:
+        """A micro-batch through the model, to learn from."""
+        return self.model(*part, step=step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's part of the objective."""
+        loss.backward()
+
     def step(self, batch: Any, step: int, lr: float) -> StepResult:
         """Learn from the global batch of which `batch` holds this rank's rows."""
         batch = self._here(batch)
@@ -128,9 +138,9 @@ class Engine(ABC):
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
                 with self.accumulating(last):
-                    out = self.model(*part, step=step)
+                    out = self.forward(part, step)
                     auxiliary = sum(report.loss for report in out.reports)
-                    (out.loss / targets + auxiliary / tokens).backward()
+                    self.backward(out.loss / targets + auxiliary / tokens)
                 loss += out.loss.detach()
                 reports = balance.add_reports(reports, out.reports)
                 if not (last or self.run_ahead):
@@ -181,6 +191,12 @@ class Engine(ABC):
     @torch.no_grad()
     def load_canonical(self, state: dict[str, Tensor]) -> None:
         """Go on from a canonical state: that of this engine filled in place, or whole tensors of any other."""
+        self._load(state)
+        self.optimizers.resume(int(state["optimizer.step"]))
+        self._publish()
+
+    def _load(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The canonical state, filled from another."""
         own = self.canonical_state()
         if wrong := sorted(own.keys() ^ state.keys()):
             raise CheckpointError(
@@ -189,8 +205,7 @@ class Engine(ABC):
             )
         for name, tensor in own.items():
             _fill(name, tensor, state[name])
-        self.optimizers.resume(int(state["optimizer.step"]))
-        self._publish()
+        return own
 
     @torch.no_grad()
     def _publish(self) -> None:
