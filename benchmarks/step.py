@@ -56,9 +56,9 @@ class Contestant(NamedTuple):
 class Dense(nn.Module):
     """SwiGLU as wide as the k experts that a token passes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, d_model: int = D_MODEL) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(D_MODEL, 2 * width, bias=False), nn.Linear(width, D_MODEL, bias=False)
+        self.up, self.down = nn.Linear(d_model, 2 * width, bias=False), nn.Linear(width, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).chunk(2, -1)

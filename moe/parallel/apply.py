@@ -46,7 +46,7 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     grid = mesh.experts()
     for number, block in enumerate(blocks):
         if block.moe is not None:
-            _share_out(block.moe, number, grid, mesh)
+            share_out(block.moe, number, grid, mesh)
     return grid
 
 
@@ -57,7 +57,8 @@ def held(grid: DeviceMesh, experts: int) -> range:
     return range(first, first + number)
 
 
-def _share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> None:
+def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> None:
+    """Leave a layer, the model's `number`-th, its share of the experts, whose values are still to be set."""
     group = grid.get_group("expert")
     here = len(held(grid, layer.num_experts))
     layer.dispatcher = AllToAll(number, layer.num_experts, group, how=mesh.exchange, room=mesh.exchange_room)
