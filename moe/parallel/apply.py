@@ -61,7 +61,7 @@ def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> Non
     """Leave a layer, the model's `number`-th, its share of the experts, whose values are still to be set."""
     group = grid.get_group("expert")
     here = len(held(grid, layer.num_experts))
-    layer.dispatcher = AllToAll(number, layer.num_experts, group, how=mesh.exchange, room=mesh.exchange_room)
+    layer.dispatcher = AllToAll(number, layer.num_experts, group, how=mesh.exchange, room=mesh.exchange_room, device=mesh.device)
     layer.gather_summary = partial(gather_ranks, group=group)
     for name, p in list(layer.experts.named_parameters()):
         if len(p) == layer.num_experts:  # not yet: layers may share their experts

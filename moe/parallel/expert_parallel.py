@@ -1,15 +1,17 @@
 """Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them and back.
 
-Rank i of n holds experts i * E/n … (i + 1) * E/n - 1. Rows are sorted by expert, which sorts them by destination too; what
-arrives lies by (source, expert) and is read in expert order by index alone. Weights travel with the rows, so that what comes
-home is weighted and only has to be added up. Every rank takes part in every exchange, tokens or none.
+Rows are sorted by (destination, place of the expert there); what arrives lies by (source, expert) and is read in expert order
+by index alone. Weights travel with the rows, so that what comes home is weighted and only has to be added up. Every rank takes
+part in every exchange, tokens or none.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -17,8 +19,9 @@ from torch import distributed as dist
 from moe.errors import ConfigError, RankMismatch
 from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
-from moe.kernels.sort import sort
+from moe.kernels.sort import Sorted, sort
 from moe.parallel.collectives import exchange, exchange_with_gradient
+from moe.parallel.placement import Placement, choices, even
 from moe.routers.base import Routing
 from moe.shapes import Float, Int
 
@@ -44,20 +47,53 @@ class AllToAll:
     room: of "fixed", size of a buffer as a multiple of a rank's even share.
     """
 
-    def __init__(self, layer: int, num_experts: int, group: Any, *, how: str = "rows", room: float = 2.0) -> None:
-        self.num_experts, self.group, self.how, self.room = num_experts, group, how, room
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        group: Any,
+        *,
+        how: str = "rows",
+        room: float = 2.0,
+        node: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layer, self.num_experts, self.group, self.how, self.room, self.device = layer, num_experts, group, how, room, device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.local = num_experts // self.ranks
+        self.node = np.array(node if node is not None else [0] * self.ranks)
         self.exact = False
         self.overflowed: Tensor | None = None
         self.unchecked: list[Tensor] = []
         self.calls = 0
-        self.digest = _digest(("even", layer, num_experts, self.ranks, how, room))
+        self.place(even(num_experts, self.ranks))
+
+    def place(self, placement: Placement) -> None:
+        """From now on experts are where `placement` says; tokens go to the nearest holder, evenly where there are several."""
+        self.placement = placement
+        self.digest = _digest((self.layer, placement.digest, self.how, self.room))
+        held = [placement.held(rank) for rank in range(self.ranks)]
+        self.here, self.width = len(held[self.rank]), max(map(len, held))
+        at = [{expert: place for place, expert in enumerate(experts)} for experts in held]
+        keys = [[rank * self.width + at[rank][e] for rank in ranks] for e, ranks in enumerate(choices(placement, self.rank, self.node))]
+        self.several = max(map(len, keys)) > 1
+        keys.append([self.ranks * self.width])  # of drops
+        self.number = torch.tensor([len(row) for row in keys], device=self.device)
+        self.keys = torch.tensor([row + [0] * (int(self.number.max()) - len(row)) for row in keys], device=self.device)
 
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, Route]:
-        order, position, counts = sort(routing.expert, self.num_experts)
+        key = self._keys(routing.expert)
         send = _fixed if self.how == "fixed" and not self.exact else _once if self.how == "tokens" else _each
-        return send(self, x, routing, order, position, counts)
+        rows, route = send(self, x, routing, key, sort(key, self.ranks * self.width))
+        return rows._replace(counts=rows.counts[: self.here]), route
+
+    def _keys(self, expert: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Of each row, destination * width + place of its expert there."""
+        if not self.several:
+            return self.keys[expert, 0]
+        counts = torch.zeros_like(self.number).scatter_add_(0, expert, torch.ones_like(expert))
+        before = counts.cumsum(0) - counts
+        among = sort(expert, self.num_experts).position - before[expert]
+        return self.keys[expert, (among + self.rank) % self.number[expert]]
 
     def combine(self, y: Float[Tensor, "m d"], ticket: Route) -> Float[Tensor, "t d"]:
         return _Travel.apply(y, ticket, False)
@@ -91,27 +127,28 @@ class AllToAll:
                 )
 
 
-def _each(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """One vector a row."""
-    out, came = to.tell(counts.view(to.ranks, to.local))
+    order, position, counts = by_key
+    out, came = to.tell(counts.view(to.ranks, to.width))
     send, receive = out.sum(1).tolist(), came.sum(1).tolist()
     token, slots = routing.token[order[: sum(send)]], None
     if routing.fan_out is not None:  # drops, which sort last, become "none"
         slots = position.clamp(max=sum(send)).view(-1, routing.fan_out)
     route = Route(token, slots, len(x), send, receive, to.group)
     values = exchange_with_gradient(_values(routing, order[: sum(send)]), send, receive, to.group)
-    expert = _experts(came, to.local, x.device)
-    into, place, held = sort(expert, to.local)
+    into, place, held = sort(_experts(came, x.device), to.width)
     return _rows(_Travel.apply(x, route, True), into, values, held, place[:, None], routing), route
 
 
-def _once(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """One vector for all rows of a token that go to the same rank."""
+    order, position, counts = by_key
     kept = order[: int(counts.sum())]
-    destination = routing.expert[kept] // to.local
+    destination = key[kept] // to.width
     pair, vector = torch.unique(destination * len(x) + routing.token[kept], return_inverse=True)
     vectors = torch.zeros(to.ranks, dtype=torch.int64, device=x.device).scatter_add_(0, pair // max(len(x), 1), torch.ones_like(pair))
-    out, came = to.tell(torch.cat([counts.view(to.ranks, to.local), vectors[:, None]], 1))
+    out, came = to.tell(torch.cat([counts.view(to.ranks, to.width), vectors[:, None]], 1))
     send, receive = out[:, -1].tolist(), came[:, -1].tolist()
     route = Route(pair % max(len(x), 1), _distinct(vector, position, routing.fan_out, len(pair)), len(x), send, receive, to.group)
     rows_out, rows_in = out[:, :-1].sum(1), came[:, :-1].sum(1)
@@ -120,19 +157,20 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Te
     values = exchange_with_gradient(_values(routing, kept), rows_out.tolist(), rows_in.tolist(), to.group)
     before = torch.tensor([sum(receive[:i]) for i in range(to.ranks)])
     index = among + before.repeat_interleave(rows_in).to(x.device)
-    into, _, held = sort(_experts(came[:, :-1], to.local, x.device), to.local)
+    into, _, held = sort(_experts(came[:, :-1], x.device), to.width)
     return _rows(_Travel.apply(x, route, True), index[into], values[into], held, None, routing), route
 
 
-def _fixed(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: Tensor, counts: Tensor) -> tuple[Rows, Route]:
+def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """Buffers of one size for all ranks, which hold as many tokens each; free places count as dropped rows."""
     if routing.fan_out is None:
         raise ConfigError("parallel.exchange=fixed needs a router that gives every token as many experts; choose rows or tokens")
+    order, position, counts = by_key
     room = max(1, int(to.room * len(order) / to.ranks + 0.999))
-    loads = counts.view(to.ranks, to.local).sum(1)
+    loads = counts.view(to.ranks, to.width).sum(1)
     full = (loads > room).any()
     to.overflowed = full if to.overflowed is None else to.overflowed | full
-    destination = routing.expert[order] // to.local  # `ranks` for drops
+    destination = key[order] // to.width  # `ranks` for drops
     among = torch.arange(len(order), device=x.device) - (loads.cumsum(0) - loads)[destination.clamp(max=to.ranks - 1)]
     places = to.ranks * room
     place = torch.where((destination < to.ranks) & (among < room), destination * room + among, places)
@@ -144,8 +182,8 @@ def _fixed(to: AllToAll, x: Tensor, routing: Routing, order: Tensor, position: T
     equal = [room] * to.ranks
     route = Route(placed(routing.token[order], len(x)), slots, len(x), equal, equal, to.group, gaps=True)
     values = exchange_with_gradient(placed(_values(routing, order), 0), equal, equal, to.group)
-    expert = to.sealed(placed(routing.expert[order] % to.local, to.local).view(to.ranks, room))
-    into, at, held = sort(expert.flatten(), to.local)
+    expert = to.sealed(placed(key[order] % to.width, to.width).view(to.ranks, room))
+    into, at, held = sort(expert.flatten(), to.width)
     return _rows(_Travel.apply(x, route, True), into, values, held, at[:, None], routing), route
 
 
@@ -161,9 +199,9 @@ def _rows(x: Tensor, index: Tensor, values: Tensor, counts: Tensor, slots: Tenso
     return Rows(x, index, values[:, 0], counts, slots, None if routing.gradient_scale is None else values[:, 1])
 
 
-def _experts(came: Tensor, local: int, device: torch.device) -> Int[Tensor, " n"]:
-    """The local expert of each row that came, by source and expert; `came` is on the host."""
-    return torch.arange(local).repeat(len(came)).repeat_interleave(came.flatten()).to(device, non_blocking=True)
+def _experts(came: Int[Tensor, "r w"], device: torch.device) -> Int[Tensor, " n"]:
+    """The expert, by its place here, of each row that came; `came` counts by source and place, on the host."""
+    return torch.arange(came.shape[1]).repeat(len(came)).repeat_interleave(came.flatten()).to(device, non_blocking=True)
 
 
 def _distinct(vector: Tensor, position: Tensor, fan_out: int | None, none: int) -> Int[Tensor, "t k"] | None:
