@@ -17,10 +17,18 @@ GROUPED_MLP = {
 }
 
 
+_NOT_HERE = {"megablocks": "megablocks 0.10 needs torch < 2.7.1 and this package torch >= 2.11, so the two cannot be installed together"}
+
+
 def why(name: str) -> str | None:
     """Why the backend cannot run on this machine, in one sentence; None if it can."""
-    try:
-        importlib.import_module(GROUPED_MLP[name].partition(":")[0])
-    except ImportError as error:
-        return f"backend {name!r} cannot run here: {error}"
-    return None
+    reason = _NOT_HERE.get(name)
+    if name == "triton":
+        auto = importlib.import_module("moe.kernels.auto")
+        reason = auto.no_triton(auto.here())
+    if reason is None:
+        try:
+            importlib.import_module(GROUPED_MLP[name].partition(":")[0])
+        except ImportError as error:
+            reason = str(error)
+    return None if reason is None else f"backend {name!r} cannot run here: {reason}"

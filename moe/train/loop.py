@@ -19,6 +19,7 @@ from moe.engines import ENGINES
 from moe.engines.base import StepResult
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError, NonFinite, Preempted
+from moe.kernels import auto, why
 from moe.kernels.memory import keep_freed_memory
 from moe.model.cost import cost, describe
 from moe.model.transformer import Transformer
@@ -67,6 +68,8 @@ def train(recipe: Recipe) -> None:
     model = build_model(recipe, corpus.tokenizer)
     price = cost(model, recipe.data.sequence)
     console.say(describe(price))
+    if recipe.model.moe is not None:
+        console.say(describe_experts(recipe, model, mesh.device))
     mesh.first_does(lambda: write_whole(folder / "model.json", json.dumps(price._asdict()) + "\n"))
 
     engine = build_engine(recipe, model, mesh)
@@ -116,6 +119,9 @@ def train(recipe: Recipe) -> None:
 def join(recipe: Recipe) -> Mesh:
     """Join the job's ranks, once they agree on what to do and their number allows it."""
     mesh = start(recipe.parallel)
+    backend = recipe.model.moe.backend if recipe.model.moe else "auto"
+    if (reason := why(backend)) is not None:
+        raise ConfigError(f"model.moe.backend={backend}: {reason}; use model.moe.backend=auto")
     if mesh.device.type == "cpu":
         keep_freed_memory()
     recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
@@ -149,6 +155,15 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
         )
     with torch.device("meta"):
         return Transformer(recipe.model, asked or tokenizer.vocab, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
+
+
+def describe_experts(recipe: Recipe, model: Transformer, device: torch.device) -> str:
+    """Which backend multiplies the experts, of which shapes, and why."""
+    moe = recipe.model.moe
+    assert moe is not None
+    k = getattr(next(iter(model.routers().values())), "k", None)
+    dtype = getattr(torch, recipe.train.dtype)
+    return auto.describe(moe.backend, auto.machine(device.type, device.index), dtype, recipe.model.d_model, moe.d_expert, moe.experts, k)
 
 
 def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:

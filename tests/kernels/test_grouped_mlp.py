@@ -348,14 +348,3 @@ def test_a_compiled_call_is_one_graph_with_the_same_gradients(name, dtype):
     assert torch.equal(eager, compiled)
     for a, b in zip(torch.autograd.grad(eager, leaves, upstream), torch.autograd.grad(compiled, leaves, upstream), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_auto_takes_threads_on_a_cpu_and_grouped_products_elsewhere(monkeypatch):
-    taken = []
-    for module in (threads, grouped):
-        monkeypatch.setattr(module, "grouped_mlp", lambda rows, *_, module=module: taken.append(module) or rows.x)
-    (x, weight, up, down), (index, counts, _) = case([1, 1], tokens=2)
-    for device in ("cpu", "meta"):
-        rows = Rows(*(t.to(device) for t in (x, index, weight, counts)))
-        backend("auto")(rows, ExpertWeights(up.to(device), down.to(device)), "silu")
-    assert taken == [threads, grouped]

@@ -59,7 +59,15 @@ def whole(recipe: Path, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     done = moe("train", recipe, f"run.folder={run}", "--nproc", "2")
     assert done.returncode == 0, done.stderr
-    for word in ("loss", "bits per byte", "tokens/s", "routing:", "sample", str(run)):
+    for word in (
+        "loss",
+        "bits per byte",
+        "tokens/s",
+        "routing:",
+        "sample",
+        str(run),
+        "experts by backend threads: 4 of 32 x 32, 2 a token",
+    ):
         assert word in done.stdout
     return run
 
