@@ -108,6 +108,32 @@ def inspect(run: Run, as_json: Annotated[bool, typer.Option("--json", help="Prin
 
 
 @app.command()
+def verify(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="YAML files, each a recipe of its own (a.yaml+b.yaml: merged into one), then key=value.",
+            metavar="RECIPE... [KEY=VALUE]...",
+        ),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option("--layouts", help="Such as engine=fsdp2,ranks=4,expert_ranks=2; several in quotes or again. Default: all that fit."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
+    dtype: Annotated[list[str] | None, typer.Option(help="float64, float32 or bfloat16. Default: float64 and the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write everything that was found to this file.")] = None,
+) -> None:
+    """Prove that layouts train the same as one process, on a small form of a recipe's model."""
+    from moe.verify.prove import verify
+
+    files, overrides = split(words, joined="+")
+    recipes = {file: load(file.split("+"), overrides) for file in files}
+    wanted = [text for option in layout or () for text in option.split()]
+    raise typer.Exit(0 if verify(recipes, wanted, steps=steps, dtypes=dtype or (), out=out) else 1)
+
+
+@app.command()
 def tokenize(
     sources: Annotated[list[str], typer.Argument(help="stdlib, paths or globs of text or .jsonl, or '{name: huggingface, dataset: …}'.")],
     out: Annotated[Path, typer.Option(help="New folder for the tokens.")],
@@ -168,12 +194,15 @@ def doctor() -> None:
     Console(highlight=False).print(table)
 
 
-def split(words: list[str] | None) -> tuple[list[str], list[str]]:
-    """Files and key=value overrides; a word is an override if a = comes before anything that only a path has."""
+def split(words: list[str] | None, joined: str | None = None) -> tuple[list[str], list[str]]:
+    """Files and key=value overrides; a word is an override if a = comes before anything that only a path has.
+
+    joined: what stands between files where several are one word.
+    """
     words = words or []
     overrides = [word for word in words if "=" in word and not set("/\\") & set(word.partition("=")[0])]
     files = [word for word in words if word not in overrides]
-    for word in files:
+    for word in [part for file in files for part in (file.split(joined) if joined else [file])]:
         if not Path(word).exists() and Path(word).suffix not in (".yaml", ".yml") and "/" not in word:
             raise ConfigError(f"{word} is neither a file nor key=value; write {word}=VALUE, or the path of a YAML file")
     if not files:
