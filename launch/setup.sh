@@ -67,8 +67,8 @@ borrow_packages() {
 }
 
 setup() {
-    local extra="$1" constraints="launch/constraints-cpu.txt" target="." stamp key python torch=""
-    [[ "$extra" == dev ]] && target=".[dev]"
+    local extra="$1" constraints="launch/constraints-cpu.txt" target="." size="100 MB" stamp key python torch=""
+    [[ "$extra" == dev ]] && target=".[dev]" && size="400 MB"
     if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
         constraints="launch/constraints-cuda.txt"
     fi
@@ -96,9 +96,9 @@ setup() {
 
     torch="$(torch_of .venv/bin/python)"
     if [[ -n "$torch" ]]; then
-        say "installing what is missing beside torch $torch: about 100 MB at most"
+        say "installing what is missing beside torch $torch: about $size at most"
     else
-        say "installing torch and about 100 MB of other packages, under $constraints"
+        say "installing torch and about $size of other packages, under $constraints"
         say "torch takes 200 MB as a CPU build and 3 GB with CUDA libraries; pip takes what its index offers (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS)"
     fi
     local quiet=(--quiet)
