@@ -49,3 +49,58 @@ def choices(placement: Placement, rank: int, node: NDArray[np.int64]) -> list[li
         near = holders[node[holders] == node[rank]]
         found.append([rank] if placement.holds[rank, expert] else (near if len(near) else holders).tolist())
     return found
+
+
+class Hop(NamedTuple):
+    """One exchange of whole experts, as one rank takes part in it."""
+
+    picks: list[int]  # rows of what it has so far that it sends, by destination
+    send: list[int]  # how many to each rank
+    receive: list[int]  # how many from each; they are put behind what it has
+
+
+class Trip(NamedTuple):
+    """How a rank comes by the experts that it holds, beginning with its own."""
+
+    hops: list[Hop]
+    order: list[int] | None  # rows of all that came, in the order of `Placement.held`; None: they are in it
+    rows: int  # its own, and all that came
+
+
+def trip(placement: Placement, rank: int, node: NDArray[np.int64], *, relay: bool) -> Trip:
+    """From owners straight to holders, or with `relay` once over the network to each machine, and from there on inside it.
+
+    Between machines an expert travels once for each other machine instead of once for each copy.
+    """
+    have = np.flatnonzero(placement.owner == rank).tolist()
+    hops = []
+    for moves in _relayed(placement, node) if relay else [_straight(placement)]:
+        ranks = range(len(node))
+        send = [sorted(e for src, dst, e in moves if src == rank and dst == to) for to in ranks]
+        receive = [sorted(e for src, dst, e in moves if dst == rank and src == of) for of in ranks]
+        hops.append(Hop([have.index(e) for experts in send for e in experts], [*map(len, send)], [*map(len, receive)]))
+        have += [e for experts in receive for e in experts]
+    held = placement.held(rank)
+    return Trip(hops, None if held == have else [have.index(e) for e in held], len(have))
+
+
+Move = tuple[int, int, int]  # source, destination, expert
+
+
+def _straight(placement: Placement) -> list[Move]:
+    return [(int(placement.owner[e]), int(r), int(e)) for r, e in np.argwhere(placement.holds) if placement.owner[e] != r]
+
+
+def _relayed(placement: Placement, node: NDArray[np.int64]) -> list[list[Move]]:
+    """Owners to the rank of their own number on each machine with a holder, and those to the holders there."""
+    between, within = [], []
+    for expert, owner in enumerate(placement.owner.tolist()):
+        holders = np.flatnonzero(placement.holds[:, expert])
+        number = int(np.flatnonzero(np.flatnonzero(node == node[owner]) == owner)[0])
+        for machine in np.unique(node[holders]).tolist():
+            ranks = np.flatnonzero(node == machine)
+            relay = owner if machine == node[owner] else int(ranks[number % len(ranks)])
+            if relay != owner:
+                between.append((owner, relay, expert))
+            within += [(relay, int(r), expert) for r in holders if node[r] == machine and r != relay]
+    return [between, within]
