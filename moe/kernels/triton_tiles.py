@@ -4,6 +4,9 @@ Rows of one tile belong to one expert, so a kernel multiplies each tile by one m
 to the device; their number is bounded on the host, and slots that hold no tile are left at once.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# Triton's kernels are compiled by rules of their own, which the checker does not know.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -52,9 +55,9 @@ def tile_map(
     row_end = tl.cumsum(count, 0)
     tile_count = (count + BLOCK_M - 1) // BLOCK_M
     tile_end = tl.cumsum(tile_count, 0)
-    program = tl.program_id(0)
-    tl.store(ends + e, row_end, mask=(e < experts) & (program == 0))
-    slot = program * SLOTS + tl.arange(0, SLOTS)
+    if tl.program_id(0) == 0:
+        tl.store(ends + e, row_end, mask=e < experts)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     inside = (tile_end[None, :] > slot[:, None]) & ((tile_end - tile_count)[None, :] <= slot[:, None])  # at most one expert a slot
     first = (row_end - count)[None, :] + (slot[:, None] - (tile_end - tile_count)[None, :]) * BLOCK_M
     found = tl.sum(inside.to(tl.int32), 1) > 0
