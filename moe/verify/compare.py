@@ -11,8 +11,8 @@ from torch import Tensor
 from moe.verify.trace import Trace
 
 # What happens in a step, in the order of cause and effect, and what is left after the last one.
-PER_STEP = ("loads", "auxiliary", "loss", "gradient", "norm")
-AT_THE_END = ("buffer", "moment", "parameter")
+PER_STEP = ("loads", "auxiliary", "loss", "gradient", "norm", "buffer")
+AT_THE_END = ("moment", "parameter")
 FAMILIES = ("router", "experts", "attention", "norms", "embeddings", "mlp")
 # Largest difference that passes: float64 proves the layout. Below it sums in another order differ, and now and then a token whose
 # best experts are nearly equal takes another one; bfloat16 can only show that no factor is wrong.

@@ -22,6 +22,7 @@ SETTINGS = {
     "exchange_room": "parallel.exchange_room",
     "accumulate": "train.accumulate",
     "balance_window": "train.balance_window",
+    "zero": "engine.zero",
     "recompute": "engine.recompute",
     "compile": "engine.compile",
 }
@@ -116,9 +117,9 @@ def _every_kind(recipe: Recipe) -> list[Layout]:
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 2, **accumulated},
             {"engine": "fsdp2", "ranks": 4, "replicas": 2, "expert_ranks": 2},
         ]
-    if "deepspeed" in ENGINES:
-        kinds += [{"engine": "deepspeed", "ranks": 2}]
-        kinds += [{"engine": "deepspeed", "ranks": 4, "expert_ranks": 2}] if recipe.model.moe else []
+    kinds += [{"engine": "deepspeed", "ranks": 2, "zero": 1}, {"engine": "deepspeed", "ranks": 2, "zero": 3}]
+    if recipe.model.moe is not None:
+        kinds += [{"engine": "deepspeed", "ranks": 4, "expert_ranks": 2, "zero": 2}]
     if recipe.train.accumulate > 1 and recipe.train.balance_window == "running" and recipe.model.moe:
         kinds.append({"engine": recipe.engine.name, "ranks": 4, "accumulate": 2})
     return kinds
@@ -130,8 +131,6 @@ def _unfit(recipe: Recipe, layout: Layout, most: int) -> str | None:
         return f"more ranks than the {most} GPUs here"
     if experts % layout.get("expert_ranks", 1):
         return f"{experts} experts cannot be shared out over {layout['expert_ranks']} ranks"
-    if recipe.optimizer.name == "muon" and layout["engine"] == "fsdp2":
-        return "optimizer.name=muon needs whole matrices"
     return missing(layout["engine"])
 
 

@@ -67,16 +67,15 @@ def plan(recipe: Recipe, wanted: list[Layout], dtypes: Sequence[str]) -> tuple[l
     share = max((layout.get("expert_ranks", 1) for layout in chosen), default=1)
     checks, references = [], {}
     for layout in chosen:
-        try:
-            checks += [
-                _check(recipe, layout, dtype, rule, device, number, share, references)
-                for dtype in dtypes or dict.fromkeys(("float64", recipe.train.dtype))
-                for rule in RULES
-            ]
-        except ConfigError as error:
-            if wanted:
-                raise ConfigError("\n".join(f"--layouts {describe(layout)}: {line}" for line in str(error).splitlines())) from None
-            left_out.append((describe(layout), str(error)))
+        refused = {}
+        for dtype in dtypes or dict.fromkeys(("float64", recipe.train.dtype)):
+            try:
+                checks += [_check(recipe, layout, dtype, rule, device, number, share, references) for rule in RULES]
+            except ConfigError as error:
+                refused[dtype] = str(error)
+        if wanted and refused and not any(check.layout == describe(layout) for check in checks):
+            raise ConfigError("\n".join(f"--layouts {describe(layout)}: {line}" for line in next(iter(refused.values())).splitlines()))
+        left_out += [(f"{describe(layout)} in {dtype}", why) for dtype, why in refused.items()]
     if not checks:
         raise ConfigError(f"no layout fits this recipe: {'; '.join(f'{text}: {why}' for text, why in left_out)}")
     return checks, left_out, device

@@ -17,10 +17,10 @@ from moe.train.loop import build_engine
 from moe.verify.shrink import VOCAB, batch
 
 # In float64. With a row a step: loss, norm (of the gradient, before clipping), auxiliary (in all and of each layer), loads (routed
-# tokens of each layer's experts), and with plain SGD gradient/<parameter>. At the end: buffer/<name>, moment/<moment>.<parameter>
-# and parameter/<name>.
+# tokens of each layer's experts), buffer/<name> after it, and with plain SGD gradient/<parameter>. At the end:
+# moment/<moment>.<parameter> and parameter/<name>.
 Trace = dict[str, Tensor]
-_OF_SGD = "optimizer.momentum_buffer."
+_MODEL, _OF_SGD = "model.", "optimizer.momentum_buffer."
 
 
 def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Callable[..., Any] = build_engine) -> Trace:
@@ -40,7 +40,7 @@ def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Calla
     with torch.device("meta"):
         model = Transformer(recipe.model, VOCAB, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
     engine = make(recipe, model, place)
-    rows: list[dict[str, Tensor]] = []
+    plain, rows = recipe.optimizer.name == "sgd", []
     for step in range(steps):
         mine = _share(_together(batch(recipe, step), ranks, recipe.train.accumulate), mesh)
         result = engine.step(mine, step, recipe.optimizer.lr)
@@ -48,9 +48,9 @@ def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Calla
         row = {"loss": result.loss, "norm": result.grad_norm, "auxiliary": losses}
         if result.reports:
             row["loads"] = torch.stack([report.load for report in result.reports])
-        if recipe.optimizer.name == "sgd":
-            state = engine.canonical_state()
-            row |= {f"gradient/{key.removeprefix(_OF_SGD)}": _whole(t) for key, t in state.items() if key.startswith(_OF_SGD)}
+        state = engine.canonical_state()
+        row |= {f"buffer/{key.removeprefix(_MODEL)}": value for key, value in state.items() if _is_buffer(key, engine)}
+        row |= {f"gradient/{key.removeprefix(_OF_SGD)}": _whole(t) for key, t in state.items() if plain and key.startswith(_OF_SGD)}
         rows.append({name: value.detach().double().cpu() for name, value in row.items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | _learned(engine)
 
@@ -59,12 +59,16 @@ def _learned(engine: Any) -> Trace:
     """The canonical state with nothing cut over ranks, by what it is."""
     learned = {}
     for key, tensor in engine.canonical_state().items():
-        kind, _, name = key.partition(".")
-        if key.startswith(_OF_SGD) or name == "step":
+        if key == "optimizer.step" or key.startswith(_OF_SGD) or _is_buffer(key, engine):
             continue
-        kind = "moment" if kind == "optimizer" else "parameter" if name in engine.parameters else "buffer"
-        learned[f"{kind}/{name}"] = _whole(tensor).detach().double().cpu()
+        name = f"parameter/{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else f"moment/{key.removeprefix('optimizer.')}"
+        learned[name] = _whole(tensor).detach().double().cpu()
     return learned
+
+
+def _is_buffer(key: str, engine: Any) -> bool:
+    """Whether a model learns this beside its parameters; it is equal on all ranks."""
+    return key.startswith(_MODEL) and key.removeprefix(_MODEL) not in engine.parameters
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -1,0 +1,79 @@
+"""The proof is worth what it catches: an engine with one mistake fails, and the report names what is wrong with it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from moe.config import load
+from moe.parallel.layout import Layout
+from moe.parallel.mesh import start
+from moe.verify.compare import TOLERANCE, causes, compare
+from moe.verify.layouts import parse
+from moe.verify.plan import plan
+from moe.verify.shrink import built
+from moe.verify.trace import trace
+from tests.verify import controls
+from tests.workers import run_ranks
+
+ROUTER = "{name: top_k, k: 2, balance_loss: 0.05, z_loss: 1e-3, bias_rate: 1e-2}"
+MISTAKES = {  # what is made wrong, where it shows, and what has to be named
+    "expert_gradients_times_ranks": ("engine=ddp,ranks=2,expert_ranks=2", "plain sgd", "gradient", "experts"),
+    "expert_gradients_times_ranks, cut": ("engine=fsdp2,ranks=2,expert_ranks=2", "plain sgd", "gradient", "experts"),
+    "router_gradients_of_one_rank": ("engine=ddp,ranks=2", "plain sgd", "gradient", "router"),
+    "norm_without_experts": ("engine=ddp,ranks=2,expert_ranks=2", "adamw", "norm", None),
+    "auxiliary_loss_times_accumulation": ("engine=ddp,ranks=2,accumulate=2,balance_window=exact", "adamw", "auxiliary", None),
+    "router_state_of_one_rank": ("engine=ddp,ranks=2", "plain sgd", "buffer", None),
+}
+
+
+@cache
+def recipe():
+    return load(["configs/debug.yaml"], [f"model.moe.router={ROUTER}"])
+
+
+def traces(rank, world, jobs):
+    mesh = start(Layout(device="cpu", timeout=30))
+    found = []
+    for words, ranks, mistake in jobs:
+        made = {"make": getattr(controls, mistake)} if mistake else {}
+        found.append(trace(built(words), mesh, steps=2, ranks=ranks, **made))
+    return found if rank == 0 else None
+
+
+@pytest.fixture(scope="module")
+def checked():
+    """The rows of every layout with and without its mistake."""
+    jobs, references = [], []
+    for mistake, (layout, optimizer, _, _) in MISTAKES.items():
+        checks, _, _ = plan(recipe(), [parse(layout)], ["float64"])
+        check = next(check for check in checks if check.optimizer == optimizer)
+        references.append((check.reference.words, check.reference.ranks, None))
+        jobs += [(check.case.words, 1, mistake.split(",")[0]), (check.case.words, 1, None)]
+    alone, found = run_ranks(1, traces, references)[0], run_ranks(2, traces, jobs)[0]
+    rows = {}
+    for number, mistake in enumerate(MISTAKES):
+        rows[mistake] = tuple(compare(found[2 * number + i], alone[number], TOLERANCE["float64"]) for i in range(2))
+    return rows
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_fails_and_is_named(checked, mistake):
+    _, _, quantity, family = MISTAKES[mistake]
+    wrong, right = checked[mistake]
+    assert all(row.passes for row in right)
+    first = causes(wrong)[0]
+    assert (first.quantity, first.family) == (quantity, family)
+    gradients = {row.family for row in causes(wrong) if row.quantity == "gradient"}
+    if quantity == "gradient":
+        assert gradients == {family}
+    if quantity == "norm":
+        assert not gradients
+
+
+def test_a_factor_shows_as_the_factor(checked):
+    wrong, _ = checked["expert_gradients_times_ranks"]
+    assert causes(wrong)[0].difference == pytest.approx(1, rel=1e-6)  # twice as much is one too much
+    wrong, _ = checked["auxiliary_loss_times_accumulation"]
+    assert causes(wrong)[0].difference == pytest.approx(1, rel=1e-6)
