@@ -37,7 +37,17 @@ def misses(**changes):
 def test_equal_traces_pass_in_every_row():
     rows = compare(made(), made(), 0.0)
     assert all(row.passes and row.difference == 0 for row in rows)
-    assert [row.quantity for row in rows] == ["loss", "gradient", "gradient", "norm", "buffer", "moment", "moment", "parameter", "parameter"]
+    assert [row.quantity for row in rows] == [
+        "loss",
+        "gradient",
+        "gradient",
+        "norm",
+        "buffer",
+        "moment",
+        "moment",
+        "parameter",
+        "parameter",
+    ]
 
 
 def test_a_difference_is_relative_to_the_largest_element_of_its_family_in_its_step():
