@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-WIDTH, ROW, TOP, BOTTOM, RIGHT = 720, 30, 54, 52, 92
+WIDTH, ROW, TOP, BOTTOM, RIGHT = 720, 30, 54, 52, 124
 STYLE = """
 text { font: 13px ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
 .title { font-size: 15px; font-weight: 600 }
@@ -32,6 +32,7 @@ def dots(path: Path, rows: Sequence[tuple[str, float, float]], title: str, xlabe
         min(mean - span for (_, mean, _), span in zip(rows, spans, strict=True)),
         max(mean + span for (_, mean, _), span in zip(rows, spans, strict=True)),
     )
+    decimals = max(0, 2 - math.floor(math.log10(ticks[1] - ticks[0])))
     left = 24 + 7.2 * max(len(label) for label, _, _ in rows)
     height = TOP + ROW * len(rows) + BOTTOM
     floor = height - BOTTOM
@@ -50,7 +51,7 @@ def dots(path: Path, rows: Sequence[tuple[str, float, float]], title: str, xlabe
         lines.append(f'<line class="row" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         lines.append(f'<line class="bar" x1="{x(mean - span):.1f}" x2="{x(mean + span):.1f}" y1="{y}" y2="{y}"/>')
         lines.append(f'<circle class="dot" cx="{x(mean):.1f}" cy="{y}" r="4.5"/>')
-        figures = f"{mean:.4g}" if math.isnan(error) else f"{mean:.4g} ± {error:.2g}"
+        figures = f"{mean:.{decimals}f}" + ("" if math.isnan(error) else f" ± {error:.{decimals}f}")
         lines.append(f'<text class="small" x="{WIDTH - RIGHT + 8}" y="{y + 4.5}">{figures}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">'
     body = "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *lines, "</svg>"])
