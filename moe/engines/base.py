@@ -27,6 +27,7 @@ from moe.parallel import balance
 from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
 from moe.parallel.expert_parallel import AllToAll
+from moe.parallel.fssdp import Planner
 from moe.parallel.mesh import Mesh
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -85,7 +86,13 @@ class Engine(ABC):
         self.grid = parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
         # parameters of which this rank holds a part of the experts
         self.shared_out = {name for name, p in model.named_parameters() if p.shape != self.shapes[name]}
-        self.dispatchers = [m.dispatcher for m in model.modules() if isinstance(m, MoELayer) and isinstance(m.dispatcher, AllToAll)]
+        layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+        self.dispatchers = [m.dispatcher for m in layers if isinstance(m.dispatcher, AllToAll)]
+        self.planner = None
+        if self.grid is not None and mesh.copies is not None and mesh.copies.policy != "even":
+            self.planner = Planner(layers, self.grid.get_group("expert"), mesh.copies)
+            for layer in layers:
+                layer.experts.gather.dtype = self.compute  # type: ignore[attr-defined]
         self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
         hidden = [name for name in self.parameters if name.startswith("layers.")]
@@ -124,6 +131,8 @@ class Engine(ABC):
         batch = self._here(batch)
         parts = self._cut(batch)
         targets, tokens = self._counts(batch)
+        if self.planner is not None:
+            self.planner.adopt()
         self.model.train()
         loss, reports = self._fitting(lambda: self._learn(parts, targets, tokens, step))
         return self._settle(loss, reports, targets, tokens, lr)
@@ -254,6 +263,8 @@ class Engine(ABC):
             self.optimizers.step(lr)
             self._publish()
             balance.update(self.routers, totals, self.mesh.device)
+            if self.planner is not None:
+                self.planner.observe(reports)
         means = [report._replace(loss=report.loss / counts[1]) for report in totals]
         auxiliary = sum((report.loss for report in means), torch.zeros_like(norm))
         return StepResult(figures[0] / counts[0], auxiliary, norm, applied, int(counts[1]), means)

@@ -32,7 +32,8 @@ class DDP(Engine):
         masters: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
             first = self._first(name)
-            if self.compute == self.master or name in self.of_routers:
+            owned = self.planner is not None and name in self.shared_out  # what is used are copies, made in the dtype of the arithmetic
+            if self.compute == self.master or name in self.of_routers or owned:
                 p.data, masters[name] = first, p
             else:
                 p.data, masters[name] = first.to(self.compute), first

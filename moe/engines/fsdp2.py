@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from moe.engines.base import Engine
 from moe.errors import ConfigError
 from moe.model.experts import Experts
+from moe.parallel.collectives import sum_ranks
 
 
 class FSDP2(Engine):
@@ -44,12 +45,18 @@ class FSDP2(Engine):
         root.set_requires_gradient_sync(last)
         root.set_is_last_backward(last)
         yield
+        if last and self.grid is not None:
+            for p in self._whole():
+                assert p.grad is not None
+                for axis in ("shard", "replicate"):
+                    sum_ranks(p.grad, self.grid.get_group(axis))
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
+        return [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.parameters.values() if p.grad is not None]
 
     def counted(self, gradients: list[Tensor]) -> list[Tensor]:
-        return gradients if self.counts else []
+        copies = {id(p.grad) for p in self._whole()} if self.grid is not None and self.grid.get_local_rank("shard") else set()
+        return [gradient for gradient in gradients if id(gradient) not in copies] if self.counts else []
 
     def clear(self) -> None:
         for p in self.parameters.values():
@@ -59,6 +66,10 @@ class FSDP2(Engine):
         super().load_canonical(state)
         for unit in self.units:
             unit.reshard()  # an evaluation may have left whole copies of the old values
+
+    def _whole(self) -> list[nn.Parameter]:
+        """This rank's own experts, where copies of them travel: nothing here gathers or cuts them."""
+        return [] if self.planner is None else [p for name, p in self.model.named_parameters() if name in self.shared_out]
 
     def _wrap(self, model: Any, mesh: DeviceMesh, dims: dict[nn.Parameter, Shard]) -> None:
         policy = exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -70,10 +81,10 @@ class FSDP2(Engine):
                 if next(router.parameters(), None) is not None:
                     fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
         for block in model.layers:
-            if self.grid is not None and block.moe is not None:
+            if self.grid is not None and self.planner is None and block.moe is not None:
                 self._wrap_experts(block.moe, policy)
-            fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=dims.get)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=dims.get, ignored_params=set(self._whole()))
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(self._whole()))
         register_fsdp_forward_method(model, "predict")
 
     def _wrap_experts(self, layer: Any, policy: MixedPrecisionPolicy) -> None:
@@ -93,8 +104,8 @@ class FSDP2(Engine):
 
     @torch.no_grad()
     def _begin(self, name: str, p: Tensor) -> Tensor:
-        assert isinstance(p, DTensor)
-        p.copy_(distribute_tensor(self._first(name, p.device), p.device_mesh, p.placements, src_data_rank=None))
+        first = self._first(name, p.device)
+        p.copy_(distribute_tensor(first, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else first)
         return p
 
 

@@ -28,7 +28,7 @@ class Optimizers:
     ) -> None:
         self.parameters, self.steps = parameters, 0
         self.rules: dict[str, torch.optim.Optimizer] = {}
-        chosen: dict[str, dict[bool, list[Tensor]]] = {}
+        chosen: dict[str, dict[tuple[bool, bool], list[Tensor]]] = {}
         self._moments: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         for name, p in parameters.items():
             rule = settings.name
@@ -40,10 +40,11 @@ class Optimizers:
                     f"choose engine.name=ddp or optimizer.name=adamw"
                 )
             decays = p.ndim > 1 and (settings.decay_router or name not in routers)
-            chosen.setdefault(rule, {}).setdefault(decays, []).append(p)
+            # apart, because one call moves a group, and takes pieces of parameters or whole ones
+            chosen.setdefault(rule, {}).setdefault((decays, isinstance(p, DTensor)), []).append(p)
             self._moments[name] = (p, _MOMENTS["muon" if rule == "stacked" else rule])
         for rule, groups in chosen.items():
-            self.rules[rule] = _rule(rule, settings, [_group(decays, settings, tensors) for decays, tensors in groups.items()])
+            self.rules[rule] = _rule(rule, settings, [_group(decays, settings, tensors) for (decays, _), tensors in groups.items()])
         if settings.name == "sgd" and settings.momentum == 0:
             self._moments = {}
         self._allocate()

@@ -1,1 +1,10 @@
 """PLACES: where things live and how they travel. With `engines` and `checkpoint` the only floors that communicate."""
+
+from __future__ import annotations
+
+__all__ = ["POLICIES"]
+
+POLICIES = {
+    "even": "moe.parallel.policies:even",
+    "hecate": "moe.parallel.policies:hecate",
+}

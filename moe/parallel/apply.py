@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -17,6 +18,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.transformer import Transformer
 from moe.parallel.collectives import gather_ranks, total_over_ranks
 from moe.parallel.expert_parallel import AllToAll
+from moe.parallel.fssdp import Materialise
 from moe.parallel.mesh import Mesh
 
 
@@ -68,3 +70,9 @@ def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> Non
             setattr(layer.experts, name, nn.Parameter(p.new_empty(here, *p.shape[1:])))
     if grid.device_type == "cuda" and layer.shared is not None:
         layer.beside = torch.cuda.Stream()
+    if mesh.copies is not None and mesh.copies.policy != "even":
+        node = np.array([r // mesh.machine_ranks for r in dist.get_process_group_ranks(group)])
+        layer.dispatcher.node = node
+        gather = Materialise(group, node, relay=mesh.copies.relay and len(set(node)) > 1, again=mesh.copies.rematerialise)
+        gather.place(layer.dispatcher.placement)
+        layer.experts.gather, layer.experts.grouped_mlp = gather, gather.around(layer.experts.grouped_mlp)

@@ -99,7 +99,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, size = group, dist.get_world_size(group)
         out = x.new_empty(size * len(x), *x.shape[1:])
         _note("gather", size, x.dtype, x.nbytes * (size - 1))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        dist.all_gather(list(out.chunk(size)), x.contiguous(), group=group)
         return out
 
     @staticmethod

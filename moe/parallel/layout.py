@@ -8,6 +8,24 @@ from pydantic import Field, PositiveInt, model_validator
 
 from moe.config import Settings, wrong
 from moe.errors import ConfigError
+from moe.parallel import POLICIES
+
+
+class Copies(Settings):
+    """Copies of experts for a step, on the ranks where they pay (fully sharded sparse data parallelism)."""
+
+    policy: Literal[*POLICIES] = "even"  # even: no copies
+    copies: PositiveInt = 2  # of a layer's experts that a rank may hold beside its own
+    hidden: PositiveInt = 4  # hecate: experts whose copies travel while attention computes
+    window: PositiveInt = 5  # steps whose loads are averaged to foresee the next one's
+    rematerialise: bool = False  # fetch copies again in the backward pass instead of keeping them
+    relay: bool = True  # over the network once to each machine, and on from there
+
+    def idle(self) -> dict[str, str]:
+        others = dict.fromkeys((name for name in type(self).model_fields if name != "policy"), "with parallel.copies.policy=even")
+        return (
+            others if self.policy == "even" else {} if self.policy == "hecate" else {"hidden": f"with parallel.copies.policy={self.policy}"}
+        )
 
 
 class Layout(Settings):
@@ -21,11 +39,16 @@ class Layout(Settings):
     # a fixed size, for which no rank waits, and a step that does not fit runs again.
     exchange: Literal["rows", "tokens", "fixed"] = "rows"
     exchange_room: float = Field(default=2.0, gt=0)  # fixed: size of a buffer, as a multiple of an even share
+    copies: Copies = Field(default_factory=Copies)
+    machine_ranks: PositiveInt | None = None  # ranks on one machine; null: as torchrun started them
     timeout: PositiveInt = 600  # seconds a collective may take before the run stops with the silent rank's name
 
     def idle(self) -> dict[str, str]:
         idle = {} if self.exchange == "fixed" else {"exchange_room": f"with parallel.exchange={self.exchange}"}
-        return idle if self.expert_ranks > 1 else {**idle, **dict.fromkeys(("exchange", "exchange_room"), "with parallel.expert_ranks=1")}
+        if self.copies.policy == "even":
+            idle["machine_ranks"] = "with parallel.copies.policy=even"
+        alone = dict.fromkeys(("exchange", "exchange_room", "copies.policy", "machine_ranks"), "with parallel.expert_ranks=1")
+        return idle if self.expert_ranks > 1 else {**idle, **alone}
 
     @model_validator(mode="after")
     def _groups_divide_ranks(self) -> Layout:

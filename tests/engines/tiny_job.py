@@ -14,7 +14,7 @@ from moe.engines import ENGINES
 from moe.engines.settings import Engine, Optimizer
 from moe.model.settings import Model, Moe
 from moe.model.transformer import Transformer
-from moe.parallel.layout import Layout
+from moe.parallel.layout import Copies, Layout
 from moe.parallel.mesh import Mesh, start
 from moe.tables import entry
 
@@ -80,18 +80,29 @@ def engine(
     balance_window: str = "exact",
     recompute: str = "none",
     compile: bool = False,
+    zero: int = 1,
     replicas: int = 1,
     expert_ranks: int = 1,
     exchange: str = "rows",
     room: float = 2.0,
+    copies: dict[str, Any] | None = None,
+    machine_ranks: int = 2,
     built: Transformer | None = None,
     **shape: Any,
 ) -> Any:
     return entry(ENGINES, name, "engine")(
         built or model(**shape),
-        replace(mesh(), replicas=replicas, expert_ranks=expert_ranks, exchange=exchange, exchange_room=room),
+        replace(
+            mesh(),
+            replicas=replicas,
+            expert_ranks=expert_ranks,
+            exchange=exchange,
+            exchange_room=room,
+            copies=Copies(**copies or {}),
+            machine_ranks=machine_ranks,
+        ),
         optimizer=Optimizer(name=optimizer, **({} if optimizer == "adamw" else {"momentum": momentum})),
-        engine=Engine(name=name, recompute=recompute, compile=compile),
+        engine=Engine(name=name, recompute=recompute, compile=compile, **({"zero": zero} if name == "deepspeed" else {})),
         dtype=dtype,
         accumulate=accumulate,
         clip=clip,

@@ -1,0 +1,87 @@
+"""Copies of experts that come and go change nothing that is learned: every engine, while the placement changes at every step."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from moe.parallel.placement import Placement
+from tests.engines.test_expert_parallel import SGD_HERE, curves
+from tests.engines.test_reading_routers import AVG_K, Sparsest, built
+from tests.engines.tiny_job import difference, engine, train
+from tests.workers import run_ranks
+
+ADAMW = {"optimizer": "adamw", "clip": 0.5, "lr": 1e-2}
+SGD = {"optimizer": "sgd", "clip": None, "lr": 5e-2}
+HECATE = {"policy": "hecate", "copies": 2, "hidden": 3, "window": 2}
+
+
+def restless(question):
+    """Another placement whenever the loads are others, empty and full ones among them."""
+    draw = np.random.default_rng(int(question.load.sum()) + int(question.load[0, 0]))
+    holds = draw.random((len(question.node), len(question.owner))) < draw.choice([0.0, 0.5, 1.0], len(question.owner))
+    holds[question.owner, np.arange(len(question.owner))] = True
+    return Placement(question.owner, holds)
+
+
+def moving(rank, world, cases, steps):
+    runs, placements = [], set()
+    for case in cases:
+        options = dict(case)
+        lr = options.pop("lr")
+        job = engine(**options)
+        job.planner.policy = restless
+        adopt = job.planner.adopt
+
+        def noted(job=job, adopt=adopt):
+            adopt()
+            placements.update(d.placement.digest for d in job.dispatchers)
+
+        job.planner.adopt = noted
+        runs.append(train(job, range(steps), lr))
+    return runs, len(placements)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_placements_that_change_at_every_step_train_the_model_of_one_process(world):
+    reference = dict(zip(("adamw", "sgd"), run_ranks(1, curves, [dict(ADAMW), dict(SGD)], 6)[0], strict=True))
+    cases = []
+    for number, (name, again) in enumerate(itertools.product(("ddp", "fsdp2"), (False, True))):
+        rule = (ADAMW, SGD)[number % 2]
+        more = ({}, {"accumulate": 2, "exchange": "tokens"}, {"recompute": "full"}, {"accumulate": 2})[number]
+        cases.append({**rule, **more, "name": name, "expert_ranks": 2, "copies": {**HECATE, "rematerialise": again}, "machine_ranks": 1})
+    runs, placements = run_ranks(world, moving, cases, 6, timeout=240)[0]
+    assert placements > 10
+    for case, run in zip(cases, runs, strict=True):
+        assert difference(run, reference[case["optimizer"]]) < 1e-10, case
+
+
+def over_four(rank, world, copies):
+    return [
+        train(engine(name, expert_ranks=4, experts=8, copies=copies, machine_ranks=2, **SGD_HERE), range(5), 5e-2)
+        for name in ("ddp", "fsdp2")
+    ]
+
+
+@pytest.mark.parametrize("relay", [False, True])
+def test_copies_between_machines_train_the_model_of_one_process(relay):
+    (alone, _) = run_ranks(1, eight, {})[0]
+    for run in run_ranks(4, over_four, {**HECATE, "relay": relay, "rematerialise": relay})[0]:
+        assert difference(run, alone) < 1e-10
+
+
+def eight(rank, world, options):
+    return [train(engine(experts=8, **SGD_HERE, **options), range(5), 5e-2)] * 2
+
+
+def reading(rank, world, options):
+    return [train(engine(built=built(kind), **SGD_HERE, **options), range(4), 5e-2) for kind in (AVG_K, Sparsest)]
+
+
+def test_routers_that_read_experts_read_their_owners():
+    alone = run_ranks(1, reading, {})[0]
+    for name in ("ddp", "fsdp2"):
+        for run, one in zip(run_ranks(2, reading, {"name": name, "expert_ranks": 2, "copies": HECATE})[0], alone, strict=True):
+            assert difference(run, one) < 1e-10
