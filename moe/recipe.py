@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moe.config import Choice, Settings, refuse_idle, wrong
 from moe.data.sources import SOURCES
-from moe.engines.settings import Engine, Optimizer, Schedule
+from moe.engines.settings import Engine, Optimizer, Schedule, unfit_for_deepspeed
 from moe.model.settings import Model, near_divisors
 from moe.parallel.layout import Layout
 
@@ -161,4 +161,11 @@ class Recipe(Settings):
                 "optimizer.name",
                 "optimizer.name=muon needs whole matrices, and engine.name=fsdp2 cuts them; choose engine.name=ddp or optimizer.name=adamw",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_can(self) -> Recipe:
+        engine, ranks = self.engine, self.parallel.expert_ranks
+        if engine.name == "deepspeed" and (unfit := unfit_for_deepspeed(engine, self.optimizer, self.train.dtype, ranks)):
+            raise wrong(*unfit)
         return self

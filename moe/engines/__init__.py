@@ -7,4 +7,5 @@ __all__ = ["ENGINES"]
 ENGINES = {
     "ddp": "moe.engines.ddp:DDP",
     "fsdp2": "moe.engines.fsdp2:FSDP2",
+    "deepspeed": "moe.engines.deepspeed:DeepSpeed",
 }

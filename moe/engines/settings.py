@@ -46,6 +46,28 @@ class Engine(Settings):
     """How parameters are held, and what is recomputed or compiled."""
 
     name: Literal[*ENGINES] = "ddp"
+    zero: Literal[0, 1, 2, 3] = 1  # deepspeed: cut over ranks are 1 moments, 2 gradients too, 3 parameters too
     # experts: their pre-activations are not kept for the backward pass; full: a block's activations are not; never a routing decision
     recompute: Literal["none", "experts", "full"] = "none"
     compile: bool = False
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.name == "deepspeed" else {"zero": f"with engine.name={self.name}"}
+
+
+def unfit_for_deepspeed(engine: Engine, optimizer: Optimizer, dtype: str, expert_ranks: int) -> tuple[str, str] | None:
+    """The setting with which DeepSpeed cannot train, and why and what to type instead; None if it can."""
+    if engine.zero == 3 and expert_ranks > 1:
+        return "engine.zero", (
+            f"engine.zero=3 would cut the different experts of parallel.expert_ranks={expert_ranks} as if they were copies; "
+            f"choose engine.zero from 0, 1, 2, or parallel.expert_ranks=1"
+        )
+    if engine.zero == 3 and engine.compile:
+        return "engine.compile", "engine.compile=true and engine.zero=3 compile anew all the time; choose engine.zero from 0, 1, 2"
+    if optimizer.name == "muon":
+        return "optimizer.name", (
+            "optimizer.name=muon needs whole matrices, and engine.name=deepspeed cuts them; choose engine.name=ddp or optimizer.name=adamw"
+        )
+    if dtype != "float32":
+        return "train.dtype", f"engine.name=deepspeed trains in float32, not {dtype}; choose train.dtype=float32, or engine.name=fsdp2"
+    return None
