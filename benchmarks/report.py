@@ -27,11 +27,16 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a + if tracked files of the package or the benchmarks differ from it."""
+    """The commit measured, with a + if tracked files of the package or the benchmarks differ; without a repository, $MOE_COMMIT."""
     here = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", "../moe"], cwd=here, capture_output=True, check=False)
-    return (head or "unknown") + ("+" if changed.returncode == 1 else "")
+    return (head or os.environ.get("MOE_COMMIT", "unknown")) + ("+" if changed.returncode == 1 else "")
+
+
+def slug(machine: str) -> str:
+    """A machine's name as it stands in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -42,9 +47,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(
-    name: str, table: Sequence[dict[str, Any]], *, raw: Any, json_file: Path | None = None, quick: bool = False, notes: Sequence[str] = ()
+    name: str,
+    table: Sequence[dict[str, Any]],
+    *,
+    raw: Any,
+    json_file: Path | None = None,
+    quick: bool = False,
+    notes: Sequence[str] = (),
+    folder: Path = RESULTS,
 ) -> None:
-    """Print the table, write raw figures to `json_file`, and, unless quick, both into benchmarks/results."""
+    """Print the table, write raw figures to `json_file`, and, unless quick, both into `folder`."""
     facts = {
         "benchmark": name,
         "commit": commit(),
@@ -70,10 +82,9 @@ def write_report(
         json_file.write_text(content + "\n")
     if quick:
         return
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, body in (("md", text.rstrip()), ("json", content)):
-        path = RESULTS / f"{name}_{slug}_{facts['date']}.{suffix}"
+        path = folder / f"{name}_{slug(facts['machine'])}_{facts['date']}.{suffix}"
         path.write_text(body + "\n")
         print(f"wrote {path}")
 
