@@ -39,6 +39,7 @@ class Train(Settings):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: float32 masters beneath
     clip: PositiveFloat | None = 1.0  # global gradient norm; null for no clipping
     balance_window: Literal["running", "exact"] = "running"  # what a global balance loss sees of an accumulation window
+    check_replicas: PositiveInt | None = 100  # steps, and before a checkpoint: stop if copies differ between ranks; null for never
     skip_limit: PositiveInt = 10  # non-finite steps in a row before the run stops
     restarts: NonNegativeInt = 0  # times --nproc starts all ranks again after one died
 

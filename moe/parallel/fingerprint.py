@@ -37,7 +37,7 @@ def check_agreement(mesh: Mesh, facts: Mapping[str, str]) -> None:
         for rank, theirs in enumerate(everyone):
             holders[theirs.get(key, "absent")].append(rank)
         if len(holders) > 1:
-            differing.append(f"{key} is " + " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
+            differing.append(f"{key} is " + " and ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items()))
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     raise RankMismatch(f"ranks disagree: {'; '.join(differing[:_SHOWN])}{more}; give every rank the same files, arguments and versions")
 
@@ -62,6 +62,7 @@ def code_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """Ranks in words: "rank 2", or "ranks 0, 1, 3"."""
     shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -32,6 +32,7 @@ FREE = (
     "model.moe.backend",
     "train.accumulate",
     "train.steps",
+    "train.check_replicas",
     "train.skip_limit",
     "train.restarts",
 )

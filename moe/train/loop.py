@@ -23,6 +23,7 @@ from moe.kernels import auto, why
 from moe.kernels.memory import keep_freed_memory
 from moe.model.cost import cost, describe
 from moe.model.transformer import Transformer
+from moe.parallel.drift import check_replicas
 from moe.parallel.fingerprint import check_agreement
 from moe.parallel.launch import StopSignal
 from moe.parallel.mesh import Mesh, start
@@ -92,7 +93,10 @@ def train(recipe: Recipe) -> None:
 
             step, last = progress.step, progress.step == steps
             stopping = bool(mesh.agree(stop.asked)) and not last
+            saving = due(step, recipe.checkpoint.every, last or stopping)
             console.advance(step)
+            if (every := recipe.train.check_replicas) is not None and due(step, every, saving):
+                check_replicas(mesh, engine.canonical_state(), step)
             if due(step, recipe.log.every, last) or step == 1 or not result.applied:
                 row = row_of(result, step=step, lr=lr, model=model) | clock.read() | seen(progress, loader)
                 metrics.write(row)
@@ -102,7 +106,7 @@ def train(recipe: Recipe) -> None:
                     row = evaluation.run(step)
                 metrics.write(row)
                 console.validation(row)
-            if due(step, recipe.checkpoint.every, last or stopping):
+            if saving:
                 with clock.paused():
                     save(store, engine, loader, progress, background=recipe.checkpoint.mode == "background")
             if stopping:
