@@ -14,7 +14,6 @@ On a CPU, TRITON_INTERPRET=1 python -m benchmarks.kernels --quick shows that it 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import ROUTINGS, SHAPES, TINY, Case, Shape, difference, expected, make_case, results
 from benchmarks.kernel_peers import CONTESTANTS, Contestant
-from benchmarks.report import RESULTS, machine, slug, write_report
+from benchmarks.report import RESULTS, facts_here, slug, write_report
 
 TOKENS = (32768, 8192, 16384, 4096)
 FIRST = [(32768, "natural"), (32768, "balanced"), (8192, "natural"), (32768, "zipf"), (32768, "quarter empty"), (4096, "natural")]
@@ -264,28 +263,37 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{c: row.get(c, "") for c in columns} | ({"forward TFLOP/s": row["refused"]} if "refused" in row else {}) for row in there]
 
 
-def versions() -> str:
+def run_here(rounds: int) -> dict[str, Any]:
+    """What a run's rows say of it, so that a report may be made of them elsewhere."""
     try:
         import triton
 
         kernels = triton.__version__
     except ImportError:
         kernels = "none"
-    driver = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
-        seen = subprocess.run(driver, capture_output=True, text=True, check=False).stdout.strip()
+        seen = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         seen = "none"
-    return f"triton {kernels}; CUDA {torch.version.cuda or 'none'}; driver, highest clock and power limit: {seen}"
+    versions = f"triton {kernels}; CUDA {torch.version.cuda or 'none'}; driver, highest clock and power limit: {seen}"
+    return facts_here() | {"versions": versions, "rounds": rounds}
 
 
-def report(rows: list[dict[str, Any]], rounds: int, folder: Path, json_file: Path | None, quick: bool) -> None:
-    readings = {f"{row['shape']} {row['tokens']} {row['routing']}": row["sensors"] for row in rows if row.get("sensors")}
-    notes = [f"{rounds} rounds; {versions()}.", *NOTES]
+def report(rows: list[dict[str, Any]], folder: Path, json_file: Path | None, quick: bool) -> None:
+    """Print a table of rows of one machine, commit and day, and write it."""
+    runs = {json.dumps(row["run"], sort_keys=True): row["run"] for row in rows}
+    if len(runs) != 1:
+        told = "; ".join(f"{run['machine']}, commit {run['commit']}, {run['date']}" for run in runs.values()) or "none"
+        raise SystemExit(f"one report is of one machine, commit, day and number of rounds, not of: {told}")
+    (run,) = runs.values()
+    notes = [f"{run['rounds']} rounds; {run['versions']}.", *NOTES]
     absent = {row["layer"]: row["refused"] for row in rows if row.get("refused", "").startswith(ABSENT)}
     notes += [f"{layer}: {words}" for layer, words in absent.items()]
+    readings = {f"{row['shape']} {row['tokens']} {row['routing']}": row["sensors"] for row in rows if row.get("sensors")}
     notes += [f"{SENSORS} in the middle of the rounds: " + "; ".join(f"{cell}: {seen}" for cell, seen in readings.items())] * bool(readings)
-    write_report("kernels", table(rows), raw=rows, json_file=json_file, quick=quick, notes=notes, folder=folder)
+    facts = {name: run[name] for name in ("commit", "machine", "date", "torch")}
+    write_report("kernels", table(rows), raw=rows, json_file=json_file, quick=quick, notes=notes, folder=folder, facts=facts)
 
 
 def options() -> argparse.Namespace:
@@ -309,7 +317,7 @@ def main() -> None:
     chosen = options()
     if chosen.report:
         rows = [json.loads(line) for path in chosen.report for line in path.read_text().splitlines()]
-        return report(rows, chosen.rounds, chosen.folder, chosen.json, quick=False)
+        return report(rows, chosen.folder, chosen.json, quick=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not chosen.quick:
         raise SystemExit("there is no GPU here; --quick runs tiny shapes on the CPU")
@@ -318,21 +326,24 @@ def main() -> None:
         shapes, tokens, rounds = TINY, [40], 2
     bench = Bench(device, getattr(torch, chosen.dtype), rounds, chosen.layers)
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    run = run_here(rounds)
     kind = "profile" if chosen.profile else "kernels"
-    lines = chosen.folder / f"{kind}_{slug(machine())}_{datetime.date.today()}.jsonl"
+    lines = chosen.folder / f"{kind}_{slug(run['machine'])}_{run['date']}.jsonl"
     deadline, rows = time.monotonic() + 60 * chosen.minutes, []
     for cell in cells(shapes, tokens, chosen.routings):
         if time.monotonic() > deadline:
             break
         found = profile(bench, cell) if chosen.profile else bench.measure(cell)
-        rows += found
+        rows += [row | {"run": run} for row in found]
         if not chosen.quick:
             with lines.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+                file.writelines(json.dumps(row) + "\n" for row in rows[-len(found) :])
         print(f"{cell.name}, {cell.tokens} tokens, {cell.routing}: done", flush=True)
     if chosen.profile:
-        return write_report("profile", rows, raw=rows, json_file=chosen.json, quick=chosen.quick, folder=chosen.folder, notes=[versions()])
-    report(rows, rounds, chosen.folder, chosen.json, chosen.quick)
+        return write_report(
+            "profile", rows, raw=rows, json_file=chosen.json, quick=chosen.quick, folder=chosen.folder, notes=[run["versions"]]
+        )
+    report(rows, chosen.folder, chosen.json, chosen.quick)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ def commit() -> str:
     return (head or os.environ.get("MOE_COMMIT", "unknown")) + ("+" if changed.returncode == 1 else "")
 
 
+def facts_here() -> dict[str, Any]:
+    """Where and when figures are taken, and of what."""
+    today = datetime.date.today().isoformat()
+    return {"commit": commit(), "machine": machine(), "date": today, "torch": torch.__version__}
+
+
 def slug(machine: str) -> str:
     """A machine's name as it stands in the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
@@ -55,16 +61,13 @@ def write_report(
     quick: bool = False,
     notes: Sequence[str] = (),
     folder: Path = RESULTS,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Print the table, write raw figures to `json_file`, and, unless quick, both into `folder`."""
-    facts = {
-        "benchmark": name,
-        "commit": commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "quick": quick,
-    }
+    """Print the table, write raw figures to `json_file`, and, unless quick, both into `folder`.
+
+    facts: as of `facts_here`, where the figures were not taken here and now.
+    """
+    facts = {"benchmark": name} | (facts_here() if facts is None else facts) | {"quick": quick}
     text = "\n".join(
         [
             f"# {name}",

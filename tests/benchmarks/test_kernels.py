@@ -47,14 +47,17 @@ def test_the_real_shapes_are_not_begun_on_a_cpu():
 
 
 def test_a_report_is_made_of_what_cut_runs_left(tmp_path):
-    bench = Bench("cpu", torch.float32, 2, ["torch"])
-    cell = Cell("tiny", TINY["tiny"], 20, "natural")
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bench.measure(cell)))
-    done = run("--report", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--folder", str(tmp_path / "out"))
+    bench, elsewhere = Bench("cpu", torch.float32, 2, ["torch"]), kernels.run_here(2) | {"machine": "GPU 9000"}
+    for tokens, run_of in ((20, elsewhere), (30, elsewhere), (40, elsewhere | {"commit": "another"})):
+        rows = bench.measure(Cell("tiny", TINY["tiny"], tokens, "natural"))
+        (tmp_path / f"{tokens}.jsonl").write_text("".join(json.dumps(row | {"run": run_of}) + "\n" for row in rows))
+    done = run("--report", *(str(tmp_path / f"{n}.jsonl") for n in (20, 30)), "--folder", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    (markdown,) = (tmp_path / "out").glob("kernels_*.md")
-    assert markdown.read_text().count("| tiny | 20 | natural | torch |") == 2
+    (markdown,) = (tmp_path / "out").glob("kernels_gpu-9000_*.md")
+    assert all(f"| tiny | {n} | natural | torch |" in markdown.read_text() for n in (20, 30))
+    done = run("--report", *(str(tmp_path / f"{n}.jsonl") for n in (20, 40)), "--folder", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "commit another" in done.stderr
 
 
 def test_a_wrong_layer_is_refused_with_a_reason_and_the_right_ones_are_timed(monkeypatch):
