@@ -95,8 +95,7 @@ def train(recipe: Recipe) -> None:
             stopping = bool(mesh.agree(stop.asked)) and not last
             saving = due(step, recipe.checkpoint.every, last or stopping)
             console.advance(step)
-            if (every := recipe.train.check_replicas) is not None and due(step, every, saving):
-                check_replicas(mesh, engine.canonical_state(), step)
+            compare_replicas(recipe, mesh, engine, step, saving)
             if due(step, recipe.log.every, last) or step == 1 or not result.applied:
                 row = row_of(result, step=step, lr=lr, model=model) | clock.read() | seen(progress, loader)
                 metrics.write(row)
@@ -136,6 +135,13 @@ def join(recipe: Recipe) -> Mesh:
 def due(step: int, every: int, always: bool) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return always or step % every == 0
+
+
+def compare_replicas(recipe: Recipe, mesh: Mesh, engine: Any, step: int, saving: bool) -> None:
+    """Stop if copies of anything have come apart, every so many steps and before what is saved; by then nothing spoilt is."""
+    every = recipe.train.check_replicas
+    if every is not None and due(step, every, saving):
+        check_replicas(mesh, engine.canonical_state(), step)
 
 
 def seen(progress: Progress, loader: Loader) -> dict[str, Any]:
