@@ -123,6 +123,11 @@ def use(text: bytes) -> None:
     _given[:] = [text]
 
 
+def shipped(kernel: str, arch: int, itemsize: int) -> list[Config]:
+    """The configurations that are shipped for a kernel, most rows first."""
+    return [e.config for e in _shipped() if (e.kernel, e.arch, e.itemsize) == (kernel, architecture(arch), itemsize)]
+
+
 def read(text: bytes, name: str) -> tuple[Entry, ...]:
     """Entries of a table; `name` is what an error calls it."""
     if not text:

@@ -1,0 +1,242 @@
+"""Compile every shipped configuration ahead of time, and read from the machine code what no test of numbers sees. Needs no GPU.
+
+    python tests/kernels/compile_gate.py [--fast] [--update] [--table FILE] [CASE...]
+
+A CASE is a part of the names printed; --fast leaves out what differs little; --update writes golden_sm.json. A program of its
+own, because a process in which Triton interprets cannot compile. What is compiled is what `moe.kernels.tune` launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # before Triton is imported, and for the workers
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, read
+from moe.kernels.triton_sort import sort
+from moe.kernels.triton_tiles import tile_map, tiles
+from moe.kernels.tune import Shape, problems
+
+GOLDEN = Path(__file__).with_name("golden_sm.json")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {2: (torch.bfloat16, torch.float16), 4: (torch.float32,)}
+KINDS: dict[str, Callable[[Shape], Shape]] = {
+    "": lambda shape: shape,
+    "ungated": lambda shape: shape._replace(gated=False),
+    "without keeping": lambda shape: shape._replace(keep=False),
+    "of any fan-out": lambda shape: shape._replace(fixed=False),
+    "scaled": lambda shape: shape._replace(scaled=True),
+    "added": lambda shape: shape._replace(main_grad=torch.float32),
+}
+AFFECTED = {  # kernels that differ
+    "ungated": ("up", "down_dgrad"),
+    "without keeping": ("up",),
+    "of any fan-out": ("combine",),
+    "scaled": ("down_dgrad",),
+    "added": ("wgrad",),
+}
+PLANS = {  # kernels on integers, which have no configurations
+    "sort": lambda: sort(torch.empty(65536, dtype=torch.int64, device="meta"), 512),
+    "tile map": lambda: tiles(torch.empty(512, dtype=torch.int64, device="meta"), 65536, 128),
+}
+PRODUCTS = ("up", "down", "down_dgrad", "up_dgrad", "wgrad")
+# Instructions, by what they are: products on tensor cores or without, copies that run beside them, private memory
+MMA = {80: r"HMMA", 89: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+COUNTED = {"copies": r"LDGSTS|UTMALDG", "local": r"STL|LDL"}
+
+
+class Case(NamedTuple):
+    """A kernel of one kind of expert, for one architecture and dtype, in one shipped configuration; None if it has none."""
+
+    kernel: str
+    kind: str
+    arch: int
+    dtype: torch.dtype
+    config: Config | None
+
+    @property
+    def name(self) -> str:
+        start = f"sm_{self.arch} {self.kernel}{' ' * bool(self.kind)}{self.kind}"
+        if self.config is None:
+            return start
+        m, n, k, warps, stages, _, tma = self.config
+        return f"{start} {str(self.dtype).removeprefix('torch.')} {m}x{n}x{k} w{warps} s{stages}{' tma' * tma}"
+
+
+def cases(table: Path, fast: bool) -> list[Case]:
+    """Every configuration of a table; the fast ones: bfloat16 and gates on Hopper, elsewhere each kernel's first."""
+    found = [Case(name, "", arch, torch.bfloat16, None) for arch in SHARED_KIB for name in PLANS if arch == 90 or not fast]
+    started = set()
+    for entry in read(table.read_bytes(), str(table)):
+        first = (entry.kernel, entry.arch) not in started
+        started.add((entry.kernel, entry.arch))
+        for dtype in DTYPES[entry.itemsize]:
+            for kind in KINDS:
+                if kind and entry.kernel not in AFFECTED[kind]:
+                    continue
+                if not fast or (dtype == torch.bfloat16 and not kind and (entry.arch == 90 or first)):
+                    found.append(Case(entry.kernel, kind, entry.arch, dtype, entry.config))
+    return list(dict.fromkeys(found))
+
+
+def launch(case: Case) -> None:
+    """Call what a case names on tensors without memory."""
+    if case.config is None:
+        PLANS[case.kernel]()
+        return
+    for problem in problems(KINDS[case.kind](Shape(dtype=case.dtype)), torch.device("meta")):
+        if problem.kernel == case.kernel:
+            problem.prepare(case.config)()
+
+
+def compile(case: Case) -> dict[str, dict[str, int]]:
+    """Figures of each kernel that a case launches."""
+    made = {}
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if case.config is not None and self is tile_map:  # has a case of its own
+            return
+        names = [kernel.metadata.name, *(f"{kernel.metadata.name} {i}" for i in range(2, 9))]
+        name = next(name for name in names if made.get(name) in (None, kernel))
+        made[name] = kernel
+
+    run = JITFunction.run
+    JITFunction.run = compile_only
+    absent: Any = _Absent(case.arch)
+    triton.runtime.driver.set_active(absent)
+    try:
+        launch(case)
+    finally:
+        JITFunction.run = run
+    return {name: figures(kernel.asm["cubin"], case.arch) | {"shared": kernel.metadata.shared} for name, kernel in made.items()}
+
+
+class _Absent:
+    """The driver of a GPU that is not there."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@functools.cache
+def figures(cubin: bytes, arch: int) -> dict[str, int]:
+    """Registers of a thread, bytes of stack, and numbers of instructions, by the tools that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code, re.MULTILINE)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    assert instructions, code
+    counts = {key: sum(bool(re.fullmatch(pattern, word)) for word in instructions) for key, pattern in COUNTED.items()}
+    mma = sum(bool(re.fullmatch(MMA[arch], word)) for word in instructions)
+    return {"registers": int(found[1]), "stack": int(found[2]), "instructions": len(instructions), "mma": mma, **counts}
+
+
+def faults(case: Case, made: dict[str, dict[str, int]]) -> list[str]:
+    """What is wrong with a case, in sentences."""
+    wrong = []
+    for name, found in made.items():
+        if found["stack"] or found["local"]:
+            wrong.append(
+                f"{name} keeps values in local memory ({found['stack']} bytes of stack, {found['local']} loads and stores); "
+                "take more warps, a smaller tile, or an epilogue in more pieces"
+            )
+        if found["shared"] > SHARED_KIB[case.arch] * 1024:
+            wrong.append(f"{name} needs {found['shared'] / 1024:.0f} KiB of shared memory; take fewer stages or a smaller tile")
+    if case.kernel in PRODUCTS:
+        if case.dtype != torch.float32 and not any(found["mma"] for found in made.values()):
+            wrong.append(f"no {MMA[case.arch]}: nothing is multiplied on tensor cores")
+        if not any(found["copies"] for found in made.values()):
+            wrong.append("no asynchronous copy: loads wait for products; are widths known to be multiples of 16?")
+    return [f"{case.name}: {sentence}" for sentence in wrong]
+
+
+def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """What changed since golden_sm.json was written, a line a kernel; cases that were not compiled now are left out."""
+    lines = []
+    for case, kernels in made.items():
+        for name in sorted(kernels.keys() | golden.get(case, {}).keys()):
+            old, new = golden.get(case, {}).get(name), kernels.get(name)
+            if old != new:
+                changed = new and old and ", ".join(f"{key} {old[key]} → {new[key]}" for key in new if old.get(key) != new[key])
+                lines.append(f"{case} [{name}]: {changed or ('new' if new else 'gone')}")
+    return lines
+
+
+def _compiled(case: Case) -> tuple[str, dict[str, dict[str, int]], list[str]]:
+    try:
+        made = compile(case)
+    except Exception as error:  # of a compiler: anything
+        return case.name, {}, [f"{case.name}: does not compile: {type(error).__name__}: {str(error).splitlines()[-1:]}"]
+    return case.name, made, faults(case, made)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--table", type=Path, default=SHIPPED)
+    parser.add_argument("parts", nargs="*", metavar="CASE")
+    asked = parser.parse_args()
+    chosen = [case for case in cases(asked.table, asked.fast) if all(part in case.name for part in asked.parts)]
+    wrong, made = [], {}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for name, kernels, complaints in pool.map(_compiled, chosen):
+            made[name] = kernels
+            wrong += complaints
+            for kernel, found in kernels.items():
+                print(f"{name} [{kernel}]: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    print(*wrong, sep="\n", file=sys.stderr)
+    return finish(made, wrong, update=asked.update, whole=not (asked.fast or asked.parts))
+
+
+def finish(made: dict[str, Any], wrong: list[str], *, update: bool, whole: bool) -> int:
+    """Compare with golden_sm.json, or write it; the exit code."""
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"triton": triton.__version__, "cases": {}}
+    if update:
+        kept = {} if whole else golden["cases"]
+        lines = [f"  {json.dumps(name)}: {json.dumps(kernels)}" for name, kernels in sorted((kept | made).items())]
+        GOLDEN.write_text(f'{{"triton": "{triton.__version__}", "cases": {{\n' + ",\n".join(lines) + "\n}}\n")
+    elif golden["triton"] != triton.__version__:
+        print(f"not compared with golden_sm.json, which is of triton {golden['triton']}; this is {triton.__version__}")
+    elif changed := differences(golden["cases"], made):
+        print(*changed, sep="\n", file=sys.stderr)
+        print("the machine code changed; if that is meant: python tests/kernels/compile_gate.py --update", file=sys.stderr)
+        return 1
+    return 1 if wrong or not made else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
