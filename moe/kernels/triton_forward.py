@@ -56,8 +56,11 @@ def down(
     y = activated.new_empty(len(activated), d)
     stack = _stack(weights, config)
     if slots:
+        rows = activated
+        if isinstance(stack, TensorDescriptor):
+            rows = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [config.BLOCK_M, config.BLOCK_K])
         down_kernel[(slots * triton.cdiv(d, config.BLOCK_N),)](
-            *(activated, weight, stack, y, tiles.expert, tiles.start, tiles.end, slots, f, d, weights.stride(0)),
+            *(rows, weight, stack, y, tiles.expert, tiles.start, tiles.end, slots, f, d, weights.stride(0)),
             **_blocks(config, stack, activated.dtype, f),
         )
     return y
@@ -103,7 +106,12 @@ def _stack(weights: Float[Tensor, "E n k"], config: Config) -> Tensor | TensorDe
 
 def _blocks(config: Config, stack: Tensor | TensorDescriptor, dtype: torch.dtype, contracted: int) -> dict[str, Any]:
     sizes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "GROUP_M": config.group_m}
-    numbers = {"EVEN_K": contracted % config.BLOCK_K == 0, "TMA": isinstance(stack, TensorDescriptor), "UPCAST": upcast(dtype), "PRECISION": precision()}
+    numbers = {
+        "EVEN_K": contracted % config.BLOCK_K == 0,
+        "TMA": isinstance(stack, TensorDescriptor),
+        "UPCAST": upcast(dtype),
+        "PRECISION": precision(),
+    }
     return sizes | numbers | {"num_warps": config.warps, "num_stages": config.stages}
 
 
@@ -190,15 +198,21 @@ def down_kernel(
     start = tl.load(tile_start + tile)
     count = tl.load(tile_end + tile) - start
     row = tl.arange(0, BLOCK_M)
-    left = row_pointer(activated, start, f) + tl.minimum(row, count - 1)[:, None] * f + tl.arange(0, BLOCK_K)[None, :]
+    if not TMA:
+        left = row_pointer(activated, start, f) + tl.minimum(row, count - 1)[:, None] * f + tl.arange(0, BLOCK_K)[None, :]
     n = column * BLOCK_N
     rows = matrix_rows(stack, expert, expert_stride, n, d, f, BLOCK_N, TMA)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, f, BLOCK_K):
-        a = load(left, None if EVEN_K else (first + tl.arange(0, BLOCK_K) < f)[None, :], UPCAST)
+        if TMA:  # rows of the next expert come along; a row of the product depends on its own alone
+            a = activated.load([start, first])
+            if UPCAST:
+                a = a.to(tl.float32)
+        else:
+            a = load(left, None if EVEN_K else (first + tl.arange(0, BLOCK_K) < f)[None, :], UPCAST)
+            left += BLOCK_K
         b = columns(rows, expert, n, first, f, BLOCK_N, BLOCK_K, EVEN_K, TMA, UPCAST)
         product = tl.dot(a, b, product, input_precision=PRECISION)
-        left += BLOCK_K
     product *= tl.load(weight + start + row, mask=row < count, other=0.0).to(tl.float32)[:, None]
     column_index = n + tl.arange(0, BLOCK_N)
     mask = (row < count)[:, None] & (column_index < d)[None, :]

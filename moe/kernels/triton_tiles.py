@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe.shapes import Int
 
-_TABLE = 8192  # entries of the table slots × experts that one program of the tile map holds in registers
+_TABLE = 4096  # entries of the table slots × experts that one program of the tile map holds in registers
 
 
 class Tiles(NamedTuple):
