@@ -21,8 +21,9 @@ try:
 except ImportError:  # the GPU lane runs on whatever Python is there
     jaxtyping = None
 
-# a custom operator reads its schema from the bare function, so files that register one are left alone
-KERNELS = [path for path in (Path(__file__).parents[1] / "moe" / "kernels").glob("*.py") if "torch.library" not in path.read_text()]
+# custom operators and Triton's interpreter read the bare function, so files that have such are left alone
+FILES = (Path(__file__).parents[1] / "moe" / "kernels").glob("*.py")
+KERNELS = [path for path in FILES if not any(word in path.read_text() for word in ("torch.library", "@triton.jit"))]
 CHECKED = ["moe.routers", "moe.model", *(f"moe.kernels.{path.stem}" for path in KERNELS if path.stem != "__init__")]
 EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 

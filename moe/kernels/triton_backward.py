@@ -71,8 +71,12 @@ def up_dgrad(grad_hidden: Float[Tensor, "n h"], up: Float[Tensor, "E g f d"], ti
     slots, columns = len(tiles.expert), triton.cdiv(d, config.BLOCK_N)
     if rows == 0:
         return out
+    source = weights(up.flatten(1, 2), config)
+    left = grad_hidden
+    if isinstance(source, TensorDescriptor):
+        left = TensorDescriptor(left, [rows, width], [width, 1], [config.BLOCK_M, config.BLOCK_K])
     up_dgrad_kernel[(slots * columns,)](
-        *(grad_hidden, weights(up.flatten(1, 2), config), out, tiles.expert, tiles.start, tiles.end, slots, width, d, up.stride(0)),
+        *(left, source, out, tiles.expert, tiles.start, tiles.end, slots, width, d, up.stride(0)),
         EVEN_K=width % config.BLOCK_K == 0,
         **blocks(config, grad_hidden.dtype, d),
     )
@@ -101,6 +105,7 @@ def wgrad(
         *(left, right, index, ends, out, p, q, out.stride(0)),
         GATHER_LEFT=gathered == "left",
         ACCUMULATE=accumulate,
+        ROUND=upcast(out.dtype),
         EVEN_M=p % config.BLOCK_M == 0,
         **blocks(config, left.dtype, q),
     )
@@ -129,11 +134,11 @@ def blocks(config: Config, dtype: torch.dtype, columns: int) -> dict[str, Any]:
 
 @triton.jit
 def multiply(
-    left, right, expert, expert_stride, column, contracted, columns,
+    left, start, right, expert, expert_stride, column, contracted, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows at the pointers `left` times a block of columns of one expert's matrix in `right`, in float32."""
+    """Rows at the pointers `left`, or from `start` of a descriptor, times a block of columns of an expert's matrix, in float32."""
     TMA: tl.constexpr = isinstance(right, tl.tensor_descriptor)
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,8 +146,13 @@ def multiply(
         right = row_pointer(right, expert, expert_stride) + k[:, None] * columns + n[None, :]
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, contracted, BLOCK_K):
-        mask = None if EVEN_K else (first + k < contracted)[None, :]
-        a = load(left, mask, UPCAST)
+        if isinstance(left, tl.tensor_descriptor):  # rows of the next expert come along; each row of the product is its own
+            a = left.load([start, first])
+            if UPCAST:
+                a = a.to(tl.float32)
+        else:
+            a = load(left, None if EVEN_K else (first + k < contracted)[None, :], UPCAST)
+            left += BLOCK_K
         if TMA:
             b = right.load([expert, first, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             if UPCAST:
@@ -156,7 +166,6 @@ def multiply(
             b = load(right, mask, UPCAST)
             right += BLOCK_K * columns
         product = tl.dot(a, b, product, input_precision=PRECISION)
-        left += BLOCK_K
     return product
 
 
@@ -217,7 +226,7 @@ def down_dgrad_kernel(
     inside = row < tl.load(tile_end + tile) - start
     source = tl.load(index + start + row, mask=inside, other=0)  # a row that is not inside reads any, and writes nothing
     left = row_pointer(grad, source, d)[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    product = multiply(left, down, expert, expert_stride, column, d, f, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, UPCAST, PRECISION)
+    product = multiply(left, start, down, expert, expert_stride, column, d, f, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, UPCAST, PRECISION)
     factor = tl.load(weight + start + row, mask=inside, other=0.0)
     received = tl.full([BLOCK_M], 1.0, tl.float32)
     if scale is not None:
@@ -260,8 +269,12 @@ def up_dgrad_kernel(
     start = tl.load(tile_start + tile)
     count = tl.load(tile_end + tile) - start
     row = tl.arange(0, BLOCK_M)
-    left = row_pointer(grad_hidden, start, width) + tl.minimum(row, count - 1)[:, None] * width + tl.arange(0, BLOCK_K)[None, :]
-    product = multiply(left, up, expert, expert_stride, column, width, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, UPCAST, PRECISION)
+    left = grad_hidden
+    if not isinstance(grad_hidden, tl.tensor_descriptor):
+        left = row_pointer(grad_hidden, start, width) + tl.minimum(row, count - 1)[:, None] * width + tl.arange(0, BLOCK_K)[None, :]
+    product = multiply(
+        left, start, up, expert, expert_stride, column, width, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, UPCAST, PRECISION
+    )
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < count)[:, None] & (n < d)[None, :]
     store(row_pointer(out, start, d) + row[:, None] * d + n[None, :], product, mask, UPCAST)
@@ -271,7 +284,8 @@ def up_dgrad_kernel(
 def wgrad_kernel(
     left, right, index, ends, out, p, q, expert_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    EVEN_N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     block, column = tile_and_column(tl.cdiv(p, BLOCK_M), tl.cdiv(q, BLOCK_N), GROUP_M)
     expert = tl.program_id(1)
@@ -312,4 +326,4 @@ def wgrad_kernel(
         total = parts[part]
         if ACCUMULATE:
             total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        store(at, total, mask, UPCAST)
+        store(at, total, mask, ROUND)
