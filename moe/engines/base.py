@@ -197,6 +197,10 @@ class Engine(ABC):
             state = {key: self._of_all(key.removeprefix("model."), tensor) for key, tensor in state.items()}
         return state | {"optimizer.step": torch.tensor(self.optimizers.steps)}
 
+    def replicas(self) -> dict[str, Tensor]:
+        """What must be equal on the ranks that have copies of it, as in a canonical state; read-only."""
+        return self.canonical_state()
+
     @torch.no_grad()
     def load_canonical(self, state: dict[str, Tensor]) -> None:
         """Go on from a canonical state: that of this engine filled in place, or whole tensors of any other."""

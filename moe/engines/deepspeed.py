@@ -76,9 +76,10 @@ class Partitioned(Optimizers):
 
 
 class DeepSpeed(Engine):
-    """The model and its optimizer under deepspeed.initialize, in float32.
+    """The model and its optimizer under deepspeed.initialize, in float32; the model starts whole on every rank.
 
-    A canonical state is a copy: parameters and moments of anything but shared-out experts, joined and cut along their first dimension.
+    With anything cut, a canonical state is a copy: parameters and moments joined, then cut along their first dimension, but for
+    the experts that a rank holds.
     """
 
     def __init__(
@@ -133,17 +134,23 @@ class DeepSpeed(Engine):
     def clear(self) -> None:
         self.wrapped.optimizer.zero_grad()
 
+    def replicas(self) -> dict[str, Tensor]:
+        if not self.zero:
+            return super().replicas()
+        learned = super()._learned()  # with what ranks compute, which each has received from those that moved it
+        return {f"model.{name}": self._of_all(name, t) for name, t in learned.items() if self.zero < 3 or name not in self.parameters}
+
     def _wrap(self) -> Any:
         """DeepSpeed's engine around the model, and around the optimizer, whose parameters it replaces."""
         model: nn.Module = self.model
         (rule,) = self.optimizers.rules.values()
         if self.grid is not None:
-            name = f"ep_size_{self.mesh.expert_ranks}"
+            group = f"ep_size_{self.mesh.expert_ranks}"
             experts = [self.parameters[name] for name in self.shared_out]
             for p in experts:
-                p.allreduce, p.group_name = False, name  # type: ignore[attr-defined]
-            model = _told_of_experts(model, self.grid, name)
-            rule.param_groups[:] = _apart(rule.param_groups, experts, name)
+                p.allreduce, p.group_name = False, group  # type: ignore[attr-defined]
+            model = _told_of_experts(model, self.grid, group)
+            rule.param_groups[:] = _apart(rule.param_groups, experts, group)
         zero: dict[str, Any] = {"stage": self.zero, "stage3_param_persistence_threshold": 0}
         if self.zero in (1, 2):
             zero["compute_grad_norm"] = False  # a second norm, which nobody reads

@@ -33,6 +33,7 @@ from moe.train.console import Console
 from moe.train.evaluate import Evaluation
 from moe.train.folder import flatten, open_folder, write_whole
 from moe.train.metrics import Clock, Metrics, row_of
+from moe.train.tune import share_table
 
 
 @dataclass
@@ -129,6 +130,7 @@ def join(recipe: Recipe) -> Mesh:
         keep_freed_memory()
     recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
     check_agreement(mesh, {key: repr(value) for key, value in flatten(recipe.model_dump()).items()})
+    share_table(mesh)
     return mesh
 
 
@@ -141,7 +143,7 @@ def compare_replicas(recipe: Recipe, mesh: Mesh, engine: Any, step: int, saving:
     """Stop if copies of anything have come apart, every so many steps and before what is saved; by then nothing spoilt is."""
     every = recipe.train.check_replicas
     if every is not None and due(step, every, saving):
-        check_replicas(mesh, engine.canonical_state(), step)
+        check_replicas(mesh, engine.replicas(), step)
 
 
 def seen(progress: Progress, loader: Loader) -> dict[str, Any]:

@@ -11,9 +11,12 @@ import torch
 from moe.checkpoint.store import Store
 from moe.config import load
 from moe.engines.deepspeed import DeepSpeed
-from moe.errors import ConfigError
+from moe.errors import ConfigError, RankMismatch
 from moe.model.generate import generate
 from moe.model.settings import Moe
+from moe.parallel.drift import check_replicas
+from tests.engines.test_expert_parallel import SGD_HERE, for_the_model, splittable
+from tests.engines.test_fssdp import HECATE
 from tests.engines.test_reading_routers import AVG_K, Sparsest, built
 from tests.engines.tiny_job import batch, difference, engine, mesh, same, train, whole
 from tests.workers import run_ranks
@@ -88,6 +91,32 @@ def test_other_models_do_not_depend_on_the_stage():
     for stage, runs in zip(stages, run_ranks(2, other_shapes, "deepspeed", stages, timeout=200)[0], strict=True):
         for number, (run, one) in enumerate(zip(runs, alone, strict=False)):
             assert agrees(run, one), (stage, number)
+
+
+def routed(rank, world, routers, options):
+    return [train(job(**SGD_HERE, **router, **options), range(3), 5e-2) for router in routers]
+
+
+@installed
+@pytest.mark.slow
+def test_every_router_trains_the_same_model_under_every_stage():
+    routers = [{"router": {"name": c.values[0], **for_the_model(c.values[1])}} for c in splittable if c.id.endswith("-0")]
+    alone = run_ranks(1, routed, routers, {"name": "ddp"}, timeout=200)[0]
+    for options in EVERY_STAGE:
+        for router, one, run in zip(routers, alone, run_ranks(2, routed, routers, options, timeout=200)[0], strict=True):
+            assert agrees(run, one), (router, options)
+
+
+def copied(rank, world, cases):
+    return [train(job(**SGD_HERE, **case), range(6), 5e-2) for case in cases]
+
+
+@installed
+def test_experts_whose_copies_travel_train_the_same_model():
+    cases = [{"zero": zero, "expert_ranks": 2, "copies": HECATE, "machine_ranks": 1} for zero in range(3)]
+    alone = run_ranks(1, copied, [{"name": "ddp"}])[0][0]
+    for case, run in zip(cases, run_ranks(2, copied, cases)[0], strict=True):
+        assert agrees(run, alone), case
 
 
 def without_the_factor(rank, world):
@@ -189,6 +218,28 @@ def test_a_model_whose_parameters_are_cut_predicts_like_a_whole_one():
         torch.testing.assert_close(other_scores, scores, rtol=1e-4, atol=1e-5)
         assert other_loss.item() == pytest.approx(loss.item(), rel=1e-6)
         assert agrees(other_run, run)
+
+
+def gone_apart(rank, world):
+    said = []
+    for stage in EVERY_STAGE:
+        tried = job(**stage)
+        tried.step(batch(0, rank, world), 0, 1e-2)
+        check_replicas(mesh(), tried.replicas(), 1)
+        if rank == 1 and stage["zero"] < 3:
+            tried.parameters["layers.1.attention.o.weight"].data.view(-1)[3] += 1e-6
+        elif rank == 1:
+            tried.routers[1].bias[2] += 1e-6
+        with pytest.raises(RankMismatch) as error:
+            check_replicas(mesh(), tried.replicas(), 2)
+        said.append(str(error.value))
+    return said
+
+
+@installed
+def test_copies_that_come_apart_are_seen():
+    for stage, sentence in zip(EVERY_STAGE, run_ranks(2, gone_apart, timeout=120)[0], strict=True):
+        assert ("layers.1.attention.o.weight" if stage["zero"] < 3 else "layers.1.moe.router.bias") in sentence
 
 
 def kept(rank, world):
