@@ -26,6 +26,8 @@ def why(name: str) -> str | None:
     if name == "triton":
         auto = importlib.import_module("moe.kernels.auto")
         reason = auto.no_triton(auto.here())
+    if reason is None and name not in GROUPED_MLP:
+        reason = f"choose from {', '.join(GROUPED_MLP)}"
     if reason is None:
         try:
             importlib.import_module(GROUPED_MLP[name].partition(":")[0])
