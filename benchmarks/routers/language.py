@@ -169,17 +169,23 @@ def compare(options: argparse.Namespace, wanted: dict[str, list[dict[str, Any]]]
         wanted[name] = [results.of[one.fingerprint] | {"folder": str(one.folder)} for one in cells if one.fingerprint in results.of]
 
 
-def table(lines: dict[str, list[dict[str, Any]]], times: dict[str, list[float]], later: dict[str, str]) -> list[dict[str, Any]]:
-    """A line a row, best first, by the figure that holds for generating."""
+def table(
+    lines: dict[str, list[dict[str, Any]]], short: dict[str, list[dict[str, Any]]], times: dict[str, list[float]], later: dict[str, str]
+) -> list[dict[str, Any]]:
+    """A line a row, best first, by the figure that holds for generating; last, rows that have short runs alone, by their best."""
     against = {one["seed"]: one["bits_alone"] for one in lines["top_k"]}
-    made = []
+    made, unfinished = [], []
     for name, some in lines.items():
+        tried = sorted(one["bits"] for one in short.get(name, []))
         if not some:
+            best = min(short.get(name, []), key=lambda one: one["bits"], default=None)
+            if best is not None:
+                unfinished.append({"router": name, "setting": _setting(best), "seeds": 0} | _tried(tried))
             continue
         ahead = [one["bits_alone"] - against[one["seed"]] for one in some if one["seed"] in against]
         line = {
             "router": name,
-            "setting": ", ".join(filter(None, [f"lr={some[0]['lr']:g}", some[0]["setting"]])),
+            "setting": _setting(some[0]),
             "seeds": len(some),
             "bits per byte": round(_mean(some, "bits_alone"), 4),
             "±": _rounded(standard_error([one["bits_alone"] for one in some])),
@@ -187,8 +193,17 @@ def table(lines: dict[str, list[dict[str, Any]]], times: dict[str, list[float]],
             "± of that": _rounded(standard_error(ahead)),
             "sees later tokens": f"always: {_mean(some, 'bits'):.3f}" if later.get(name) == "always" else later.get(name, ""),
         }
-        made.append(line | _routing(some) | {"step time": _step_time(times, name), "parameters, M": round(some[0]["parameters"] / 1e6, 2)})
-    return sorted(made, key=lambda line: line["bits per byte"])
+        more = {"step time": _step_time(times, name), "parameters, M": round(some[0]["parameters"] / 1e6, 2)}
+        made.append(line | _routing(some) | more | _tried(tried))
+    return sorted(made, key=lambda line: line["bits per byte"]) + sorted(unfinished, key=lambda line: line["short runs"])
+
+
+def _setting(one: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [f"lr={one['lr']:g}", one["setting"]]))
+
+
+def _tried(bits: list[float]) -> dict[str, str]:
+    return {"short runs": " / ".join(f"{value:.3f}" for value in bits)}
 
 
 def _routing(some: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,7 +235,7 @@ def draw(path: Path, made: list[dict[str, Any]]) -> None:
     points = [
         (line["router"] + " *" * bool(line["sees later tokens"]), line["against top_k"], line["± of that"])
         for line in made
-        if isinstance(line["± of that"], float)
+        if isinstance(line.get("± of that"), float)
     ]
     dots(path, points, "Routers on a language model", "bits per byte above top_k's, held-out text; mean over seeds ± standard error")
 
@@ -275,7 +290,8 @@ def run(options: argparse.Namespace) -> None:
         *NOTES,
     ]
     raw = {"finished": list(results.of.values()), "step_seconds": times}
-    made = table(lines, times, {name: row.later for name, row in known.items()})
+    short = {name: [one for one in results.of.values() if (one["row"], one["stage"]) == (name, "tune")] for name in lines}
+    made = table(lines, short, times, {name: row.later for name, row in known.items()})
     write_report("routers_language", made, raw=raw, json_file=options.json, quick=options.quick, notes=notes)
     if not options.quick:
         draw(RESULTS / "routers_language.svg", made)
@@ -292,6 +308,7 @@ NOTES = (
     "be predicted, and is no figure of a language model. Expert choice alone gives a token all experts, or max_experts of them.",
     "Load CV and drops: means over layers and the last tenth of the steps, of 1024 tokens each. Held out and dead: over 65,536 "
     "held-out tokens, in four layers of 8 experts. Churn: share of 1024 held-out tokens' assignments that changed in the last quarter.",
+    "Short runs: ordinary validation figures of the settings that were tried, best first; a row without seeds has these alone.",
     "Step time: processor seconds of one training step at the end, forward, backward and optimizer, on one thread, as a ratio to "
     "top_k; medians of rounds in which all rows take turns.",
 )

@@ -121,8 +121,10 @@ def figures(*bits, peek=0.0):
 def test_the_table_compares_at_equal_seeds_what_holds_without_later_tokens():
     lines = {"top_k": figures(2.0, 2.2, 2.4), "hash": figures(2.1, 2.3, 2.5), "expert_choice": figures(3.0, 3.1, 3.2, peek=2.0), "base": []}
     times = {"top_k": [1.0, 2.0], "hash": [0.9, 1.8], "expert_choice": [2.0, 4.0]}
-    made = language.table(lines, times, {"expert_choice": "always"})
-    assert [row["router"] for row in made] == ["top_k", "hash", "expert_choice"]
+    short = {name: [{"lr": 1e-3, "setting": "", "bits": bits} for bits in (4.0, 3.5)] for name in ("base", "hash")}
+    made = language.table(lines, short, times, {"expert_choice": "always"})
+    assert [row["router"] for row in made] == ["top_k", "hash", "expert_choice", "base"]
+    assert made[3] == {"router": "base", "setting": "lr=0.001", "seeds": 0, "short runs": "3.500 / 4.000"}
     hashed = made[1]
     assert (hashed["bits per byte"], hashed["±"]) == (2.3, round(0.2 / 3**0.5, 4))
     assert (hashed["against top_k"], hashed["± of that"]) == (0.1, 0.0)  # what the seeds share cancels
@@ -131,7 +133,7 @@ def test_the_table_compares_at_equal_seeds_what_holds_without_later_tokens():
 
 
 def test_rows_of_one_seed_are_in_the_table_and_not_in_the_chart(tmp_path):
-    made = language.table({"top_k": figures(2.0, 2.2), "base": figures(2.1)}, {}, {"base": "in training"})
+    made = language.table({"top_k": figures(2.0, 2.2), "base": figures(2.1)}, {}, {}, {"base": "in training"})
     assert [row["±"] for row in made] == [round(0.1 * 2**0.5 / 2**0.5, 4), ""]
     language.draw(tmp_path / "chart.svg", made)
     assert "top_k" in (tmp_path / "chart.svg").read_text()
