@@ -146,6 +146,23 @@ def tokenize(
     typer.echo(f"{tokens.offsets[-1]:,} tokens of {len(tokens.offsets) - 1:,} documents in {out}")
 
 
+@app.command()
+def tune(
+    words: Words = None,
+    shape: Annotated[
+        str | None, typer.Option(help="In place of a recipe: d=…,f=…,experts=…,k=…,tokens=…; experts and tokens of one rank.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that the recipe is to run on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Table to write, if not the one that runs read.")] = None,
+) -> None:
+    """Measure the Triton kernels for a recipe on this machine's GPU; runs then use the fastest configurations."""
+    from moe.train.tune import read_shape, shape_of, tune
+
+    if (shape is None) == (not words):
+        raise ConfigError("moe tune takes a recipe or --shape, one of them; give configs/debug.yaml, say")
+    tune(shape_of(load(*split(words)), nproc) if shape is None else read_shape(shape), out, typer.echo)
+
+
 @config.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""

@@ -52,6 +52,22 @@ class Entry(NamedTuple):
     config: Config
 
 
+class Shape(NamedTuple):
+    """Experts of one layer on one rank, and how many tokens reach them at a time."""
+
+    d: int = 2048
+    f: int = 768
+    experts: int = 128
+    k: int = 8
+    tokens: int = 8192
+    dtype: torch.dtype = torch.bfloat16
+    gated: bool = True
+    keep: bool = True  # pre-activations are kept for the backward pass
+    fixed: bool = True  # every token has k assignments
+    scaled: bool = False  # the router scales gradients
+    main_grad: torch.dtype | None = None  # weight gradients are added to ones of this dtype; None: stored
+
+
 def lookup(kernel: str, arch: int, n: int, k: int, rows_per_expert: float, itemsize: int = 2) -> Config:
     """The configuration for a product, by the rule of `choose`, from the user's table and then the shipped one."""
     return _lookup(kernel, arch, n, k, bucket(rows_per_expert), itemsize)

@@ -20,7 +20,7 @@ from moe.errors import ConfigError
 from moe.kernels import triton_configs
 from moe.kernels.sort import sort
 from moe.kernels.triton_backward import down_dgrad, up_dgrad, wgrad
-from moe.kernels.triton_configs import Config, Entry, architecture, bucket, lookup, read, row
+from moe.kernels.triton_configs import Config, Entry, Shape, architecture, bucket, lookup, read, row
 from moe.kernels.triton_forward import combine, down, up
 from moe.kernels.triton_tiles import Tiles, tiles
 
@@ -30,22 +30,6 @@ WORTH = 0.98  # a neighbour must take at most this share of the time: less is no
 
 Run = Callable[[], object]
 Timer = Callable[[Sequence[Run]], list[float]]  # seconds of each
-
-
-class Shape(NamedTuple):
-    """Experts of one layer on one rank, and how many tokens reach them at a time."""
-
-    d: int = 2048
-    f: int = 768
-    experts: int = 128
-    k: int = 8
-    tokens: int = 8192
-    dtype: torch.dtype = torch.bfloat16
-    gated: bool = True
-    keep: bool = True  # pre-activations are kept for the backward pass
-    fixed: bool = True  # every token has k assignments
-    scaled: bool = False  # the router scales gradients
-    main_grad: torch.dtype | None = None  # weight gradients are added to ones of this dtype; None: stored
 
 
 class Problem(NamedTuple):
@@ -64,21 +48,25 @@ def tune(shape: Shape, device: torch.device, timer: Timer, say: Callable[[str], 
     rows = bucket(shape.tokens * shape.k / shape.experts)
     entries = []
     for problem in problems(shape, device):
-        tried: dict[Config, float] = {}
         first = lookup(problem.kernel, arch, problem.n, problem.k, rows, itemsize)
-        _measure(problem, [first, *triton_configs.shipped(problem.kernel, arch, itemsize)], tried, timer)
-        if tried[first] == math.inf:
-            raise ConfigError(f"{problem.name} does not run here as {_words(first)}; use backend torch")
+        tried = search(problem, [first, *triton_configs.shipped(problem.kernel, arch, itemsize)], timer)
         best = min(tried, key=lambda config: tried[config])
-        while True:
-            _measure(problem, neighbours(best), tried, timer)
-            faster = min(tried, key=lambda config: tried[config])
-            if tried[faster] > WORTH * tried[best]:
-                break
-            best = faster
         say(f"{problem.name}: {1e6 * tried[first]:.1f} → {1e6 * tried[best]:.1f} µs, {len(tried)} tried; {_words(best)}")
         entries.append(Entry(problem.kernel, architecture(arch), itemsize, problem.n, problem.k, rows, best))
     return entries
+
+
+def search(problem: Problem, first: list[Config], timer: Timer) -> dict[Config, float]:
+    """Seconds of every configuration tried, the given ones and those on the way to one without a faster neighbour."""
+    tried: dict[Config, float] = {}
+    _measure(problem, first, tried, timer)
+    if tried[first[0]] == math.inf:
+        raise ConfigError(f"{problem.name} does not run here as {_words(first[0])}; use backend torch")
+    while True:
+        best = min(tried, key=lambda config: tried[config])
+        _measure(problem, neighbours(problem.kernel, best), tried, timer)
+        if min(tried.values()) > WORTH * tried[best]:
+            return tried
 
 
 def problems(shape: Shape, device: torch.device) -> list[Problem]:
@@ -121,13 +109,17 @@ def problems(shape: Shape, device: torch.device) -> list[Problem]:
     ]
 
 
-def neighbours(config: Config) -> list[Config]:
-    """Configurations one step away, of sizes that compile."""
-    steps: list[dict[str, int]] = [{"stages": config.stages - 1}, {"stages": config.stages + 1}, {"group_m": 24 // config.group_m}]
-    steps += [{name: getattr(config, name) * 2} for name in ("warps", "BLOCK_N", "BLOCK_K")]
-    steps += [{name: getattr(config, name) // 2} for name in ("warps", "BLOCK_M", "BLOCK_N", "BLOCK_K")]
+def neighbours(kernel: str, config: Config) -> list[Config]:
+    """Configurations one step away in what the kernel uses, of sizes worth compiling."""
+    doubled = ("BLOCK_N", "warps") if kernel == "combine" else ("BLOCK_M", "BLOCK_N", "BLOCK_K", "warps", "group_m")
+    steps = [{name: size} for name in doubled for size in (2 * getattr(config, name), getattr(config, name) // 2)]
+    if kernel != "combine":
+        steps += [{"stages": config.stages + 1}, {"stages": config.stages - 1}]
     near = [config._replace(**step) for step in steps]
-    return [c for c in near if min(c[:3]) >= 16 and 1 <= c.stages <= 8 and 4 <= c.warps <= 8 and c.group_m]
+    largest = 4096 if kernel == "combine" else 256
+    return [
+        c for c in near if min(c[:3]) >= 16 and max(c[:3]) <= largest and c.warps in (4, 8) and 1 <= c.stages <= 6 and 1 <= c.group_m <= 32
+    ]
 
 
 def write(entries: list[Entry], path: Path, device: torch.device) -> None:

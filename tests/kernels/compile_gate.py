@@ -31,10 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, read
+from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, Shape, read
 from moe.kernels.triton_sort import sort
 from moe.kernels.triton_tiles import tile_map, tiles
-from moe.kernels.tune import Shape, problems
+from moe.kernels.tune import problems
 
 GOLDEN = Path(__file__).with_name("golden_sm.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
