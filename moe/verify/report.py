@@ -46,7 +46,8 @@ def table(checks: Sequence[Check], left_out: Sequence[tuple[str, str]], device: 
         lines.append(f"{layout.ljust(width)}  {dtype:9}{cells}  {_backend(some[0].small, device):9} {verdict}")
         lines += [f"    {check.optimizer}: {line}" for check in some for line in misses(check)]
     lines += [f"left out: {layout}: {why}" for layout, why in left_out]
-    allowed = ", ".join(f"{TOLERANCE[dtype]:g} in {dtype}" for dtype in dict.fromkeys(check.dtype for check in checks))
+    dtypes = dict.fromkeys(check.dtype for check in checks)
+    allowed = ", ".join(f"{TOLERANCE[dtype]:g} in {dtype}{' (of the size)' if dtype == 'bfloat16' else ''}" for dtype in dtypes)
     failed = sum(not check.passes for check in checks)
     return "\n".join(
         [*lines, f"columns router … mlp are gradients of plain SGD; passes up to {allowed}; {_summary(len(checks), failed)}", ""]

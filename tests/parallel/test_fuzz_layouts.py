@@ -17,7 +17,7 @@ from moe.config import load
 from moe.errors import ConfigError
 from moe.parallel.layout import Layout
 from moe.parallel.mesh import start
-from moe.verify.compare import TOLERANCE, causes, compare
+from moe.verify.compare import causes, compare
 from moe.verify.plan import plan
 from moe.verify.shrink import built
 from moe.verify.trace import trace
@@ -116,7 +116,7 @@ def check(seeds: list[int], world: int) -> None:
     alone = run_ranks(1, traces, [(c.reference.words, c.reference.ranks) for c in checks])[0]
     found = run_ranks(world, traces, [(c.case.words, c.case.ranks) for c in checks], timeout=120)[0]
     for seed, one, mine, reference in zip(seeds, checks, found, alone, strict=True):
-        missed = causes(compare(mine, reference, TOLERANCE["float64"]))
+        missed = causes(compare(mine, reference, "float64"))
         again = f"MOE_FUZZ={seed} pytest tests/parallel/test_fuzz_layouts.py -k one_seed"
         assert not missed, f"{'; '.join(map(str, missed))}\n{one.layout}, {one.optimizer}: {' '.join(one.case.words)}\nagain: {again}"
 

@@ -9,7 +9,7 @@ import pytest
 from moe.config import load
 from moe.parallel.layout import Layout
 from moe.parallel.mesh import start
-from moe.verify.compare import TOLERANCE, causes, compare
+from moe.verify.compare import causes, compare
 from moe.verify.layouts import parse
 from moe.verify.plan import plan
 from moe.verify.shrink import built
@@ -42,19 +42,32 @@ def traces(rank, world, jobs):
     return found if rank == 0 else None
 
 
+COARSE = list(MISTAKES)[:3]  # what shows in bfloat16 too, where a quantity is compared by its size
+
+
 @pytest.fixture(scope="module")
 def checked():
     """The rows of every layout with and without its mistake."""
+    return run("float64", list(MISTAKES))
+
+
+@pytest.fixture(scope="module")
+def coarsely_checked():
+    return run("bfloat16", COARSE)
+
+
+def run(dtype, mistakes):
     jobs, references = [], []
-    for mistake, (layout, optimizer, _, _) in MISTAKES.items():
-        checks, _, _ = plan(recipe(), [parse(layout)], ["float64"])
+    for mistake in mistakes:
+        layout, optimizer, _, _ = MISTAKES[mistake]
+        checks, _, _ = plan(recipe(), [parse(layout)], [dtype])
         check = next(check for check in checks if check.optimizer == optimizer)
         references.append((check.reference.words, check.reference.ranks, None))
         jobs += [(check.case.words, 1, mistake.split(",")[0]), (check.case.words, 1, None)]
     alone, found = run_ranks(1, traces, references)[0], run_ranks(2, traces, jobs)[0]
     rows = {}
-    for number, mistake in enumerate(MISTAKES):
-        rows[mistake] = tuple(compare(found[2 * number + i], alone[number], TOLERANCE["float64"]) for i in range(2))
+    for number, mistake in enumerate(mistakes):
+        rows[mistake] = tuple(compare(found[2 * number + i], alone[number], dtype) for i in range(2))
     return rows
 
 
@@ -70,6 +83,14 @@ def test_a_mistake_fails_and_is_named(checked, mistake):
         assert gradients == {family}
     if quantity == "norm":
         assert not gradients
+
+
+@pytest.mark.parametrize("mistake", COARSE)
+def test_a_wrong_size_fails_in_bfloat16_too(coarsely_checked, mistake):
+    _, _, quantity, family = MISTAKES[mistake]
+    wrong, right = coarsely_checked[mistake]
+    assert all(row.passes for row in right)
+    assert (quantity, family) in [(row.quantity, row.family) for row in causes(wrong)]
 
 
 def test_a_factor_shows_as_the_factor(checked):
