@@ -42,7 +42,9 @@ def tiles(counts: Int[Tensor, " E"], rows: int, block_m: int) -> Tiles:
     ends = torch.empty(experts, dtype=torch.int32, device=counts.device)
     experts_padded = triton.next_power_of_2(experts)
     block = max(min(_TABLE // experts_padded, 256), 1)
-    tile_map[(max(triton.cdiv(slots, block), 1),)](counts, expert, start, end, ends, slots, experts, block_m, block, experts_padded)
+    tile_map[(max(triton.cdiv(slots, block), 1),)](
+        counts, expert, start, end, ends, slots, experts, block_m, block, experts_padded, num_warps=8
+    )
     return Tiles(expert, start, end, ends, block_m)
 
 
