@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from moe.kernels import auto
 from moe.model.transformer import sparse_layers
 from moe.recipe import Recipe
 from moe.verify.compare import FAMILIES, TOLERANCE, Row, causes
@@ -43,7 +46,7 @@ def table(checks: Sequence[Check], left_out: Sequence[tuple[str, str]], device: 
     for (layout, dtype), some in grouped.items():
         cells = "".join(_cell(_of(column, some)).rjust(_WIDTH) for column in columns)
         verdict = "PASS" if all(check.passes for check in some) else "FAIL"
-        lines.append(f"{layout.ljust(width)}  {dtype:9}{cells}  {_backend(some[0].small, device):9} {verdict}")
+        lines.append(f"{layout.ljust(width)}  {dtype:9}{cells}  {_backend(some[0], device):9} {verdict}")
         lines += [f"    {check.optimizer}: {line}" for check in some for line in misses(check)]
     lines += [f"left out: {layout}: {why}" for layout, why in left_out]
     dtypes = dict.fromkeys(check.dtype for check in checks)
@@ -72,7 +75,7 @@ def record(name: str, checks: Sequence[Check], left_out: Sequence[tuple[str, str
                 "layout": check.layout,
                 "dtype": check.dtype,
                 "optimizer": check.optimizer,
-                "backend": _backend(check.small, device),
+                "backend": _backend(check, device),
                 "passes": check.passes,
                 "misses": misses(check),
                 "rows": [_plain(row) for row in check.rows],
@@ -98,12 +101,13 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.0e}"
 
 
-def _backend(small: Recipe, device: str) -> str:
-    """The backend that multiplies experts; "auto" under the name of what it takes here."""
-    if small.model.moe is None:
+def _backend(check: Check, device: str) -> str:
+    """The backend that multiplies experts; instead of "auto" what it takes here."""
+    model, moe = check.small.model, check.small.model.moe
+    if moe is None:
         return "dense"
-    auto = "threads" if device == "cpu" else "torch"
-    return auto if small.model.moe.backend == "auto" else small.model.moe.backend
+    dtype = getattr(torch, check.dtype)
+    return auto.choose(auto.machine(device), dtype, model.d_model, moe.d_expert).name if moe.backend == "auto" else moe.backend
 
 
 def _summary(checks: int, failed: int) -> str:
