@@ -15,14 +15,10 @@ import pytest
 
 from moe.config import load
 from moe.errors import ConfigError
-from moe.parallel.layout import Layout
-from moe.parallel.mesh import start
-from moe.verify.compare import causes, compare
+from moe.verify.compare import causes
 from moe.verify.plan import plan
-from moe.verify.shrink import built
-from moe.verify.trace import trace
 from tests.routers.test_contract import EXAMPLES
-from tests.workers import run_ranks
+from tests.verify.on_ranks import rows
 
 BATCH = 4  # seeds whose processes are started together
 FIRST = 1000
@@ -105,20 +101,12 @@ def case(seed: int, world: int) -> Any:
         return checks[rng.randrange(2)]
 
 
-def traces(rank, world, cases):
-    mesh = start(Layout(device="cpu", timeout=30))
-    found = [trace(built(words), mesh, steps=2, ranks=ranks) for words, ranks in cases]
-    return found if rank == 0 else None
-
-
 def check(seeds: list[int], world: int) -> None:
     checks = [case(seed, world) for seed in seeds]
-    alone = run_ranks(1, traces, [(c.reference.words, c.reference.ranks) for c in checks])[0]
-    found = run_ranks(world, traces, [(c.case.words, c.case.ranks) for c in checks], timeout=120)[0]
-    for seed, one, mine, reference in zip(seeds, checks, found, alone, strict=True):
-        missed = causes(compare(mine, reference, "float64"))
+    for seed, one, found in zip(seeds, checks, rows(checks), strict=True):
         again = f"MOE_FUZZ={seed} pytest tests/parallel/test_fuzz_layouts.py -k one_seed"
-        assert not missed, f"{'; '.join(map(str, missed))}\n{one.layout}, {one.optimizer}: {' '.join(one.case.words)}\nagain: {again}"
+        missed = "; ".join(map(str, causes(found)))
+        assert not missed, f"{missed}\n{one.layout}, {one.optimizer}: {' '.join(one.case.words)}\nagain: {again}"
 
 
 def worlds(seed: int) -> int:

@@ -7,15 +7,10 @@ from functools import cache
 import pytest
 
 from moe.config import load
-from moe.parallel.layout import Layout
-from moe.parallel.mesh import start
-from moe.verify.compare import causes, compare
+from moe.verify.compare import causes
 from moe.verify.layouts import parse
 from moe.verify.plan import plan
-from moe.verify.shrink import built
-from moe.verify.trace import trace
-from tests.verify import controls
-from tests.workers import run_ranks
+from tests.verify.on_ranks import rows
 
 ROUTER = "{name: top_k, k: 2, balance_loss: 0.05, z_loss: 1e-3, bias_rate: 1e-2}"
 MISTAKES = {  # what is made wrong, where it shows, and what has to be named
@@ -33,15 +28,6 @@ def recipe():
     return load(["configs/debug.yaml"], [f"model.moe.router={ROUTER}"])
 
 
-def traces(rank, world, jobs):
-    mesh = start(Layout(device="cpu", timeout=30))
-    found = []
-    for words, ranks, mistake in jobs:
-        made = {"make": getattr(controls, mistake)} if mistake else {}
-        found.append(trace(built(words), mesh, steps=2, ranks=ranks, **made))
-    return found if rank == 0 else None
-
-
 COARSE = list(MISTAKES)[:3]  # what shows in bfloat16 too, where a quantity is compared by its size
 
 
@@ -57,18 +43,12 @@ def coarsely_checked():
 
 
 def run(dtype, mistakes):
-    jobs, references = [], []
+    checks = []
     for mistake in mistakes:
         layout, optimizer, _, _ = MISTAKES[mistake]
-        checks, _, _ = plan(recipe(), [parse(layout)], [dtype])
-        check = next(check for check in checks if check.optimizer == optimizer)
-        references.append((check.reference.words, check.reference.ranks, None))
-        jobs += [(check.case.words, 1, mistake.split(",")[0]), (check.case.words, 1, None)]
-    alone, found = run_ranks(1, traces, references)[0], run_ranks(2, traces, jobs)[0]
-    rows = {}
-    for number, mistake in enumerate(mistakes):
-        rows[mistake] = tuple(compare(found[2 * number + i], alone[number], dtype) for i in range(2))
-    return rows
+        checks += [check for check in plan(recipe(), [parse(layout)], [dtype])[0] if check.optimizer == optimizer]
+    found = rows([*checks, *checks], [*(mistake.split(",")[0] for mistake in mistakes), *[None] * len(checks)])
+    return dict(zip(mistakes, zip(found[: len(checks)], found[len(checks) :], strict=True), strict=True))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -11,15 +11,11 @@ from moe.config import load
 from moe.data.batch import IGNORE
 from moe.errors import ConfigError
 from moe.model.transformer import Transformer, sparse_layers
-from moe.parallel.layout import Layout
-from moe.parallel.mesh import start
-from moe.verify.compare import compare
 from moe.verify.layouts import default, describe, parse
 from moe.verify.plan import plan
 from moe.verify.shrink import POSITIONS, VOCAB, batch, built, shrink
-from moe.verify.trace import trace
 from tests.routers.test_contract import CASES
-from tests.workers import run_ranks
+from tests.verify.on_ranks import rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
@@ -126,11 +122,6 @@ def test_a_layout_says_what_it_leaves_open():
     assert describe(parse(text)) == text
 
 
-def traces(rank, world, cases):
-    mesh = start(Layout(device="cpu", timeout=30))
-    return [trace(built(words), mesh, steps=2, ranks=ranks) for words, ranks in cases]
-
-
 @pytest.mark.parametrize(
     ("router", "layout"),
     [
@@ -142,9 +133,7 @@ def traces(rank, world, cases):
 def test_losses_of_less_than_the_batch_are_compared_with_a_process_that_takes_it_in_the_same_parts(router, layout):
     checks, _, _ = plan(recipe(f"model.moe.router={router}"), [parse(layout)], ["float64"])
     check = checks[1]
-    alone = run_ranks(1, traces, [(check.reference.words, check.reference.ranks)])[0][0]
-    other = run_ranks(2, traces, [(check.case.words, 1)])[0][0]
-    assert all(row.passes for row in compare(other, alone, "float64"))
+    assert all(row.passes for row in rows([check])[0])
     assert (check.reference.ranks, built(check.reference.words).train.accumulate) == (
         (1, 4) if "micro" in router else (2, 2) if "running" in layout else (1, 1)
     )
