@@ -73,24 +73,19 @@ class Bench:
         """A row for every layer; one that is absent, wrong or too large says so instead of its figures."""
         self.check(cell)
         case = make_case(cell.shape, cell.tokens, cell.routing, self.dtype, self.device)
-        runners: dict[str, Passes] = {"dense products": dense(case)}
-        refused: dict[str, str] = {}
-        for name in self.layers:
-            verdict = self.verdicts[_scaled(cell), name]
-            if verdict is not None:
-                refused[name] = verdict
-                continue
-            runners[name] = passes(CONTESTANTS[name](case), case)
+        runners: dict[str, Passes] = {}
         memory: dict[str, tuple[float, float]] = {}
-        for name, runner in list(runners.items()):
+        refused = {name: verdict for name in self.layers if (verdict := self.verdicts[_scaled(cell), name]) is not None}
+        for name in ("dense products", *(name for name in self.layers if name not in refused)):
             try:
-                for _ in range(WARM_UP):
+                runner = dense(case) if name == "dense products" else passes(CONTESTANTS[name](case), case)
+                for _ in range(WARM_UP if self.device == "cuda" else 1):
                     memory[name] = self.memory(runner)
+                runners[name] = runner
             except torch.cuda.OutOfMemoryError:
                 refused[name] = "out of memory"
-                del runners[name]
         if "dense products" in refused:
-            raise SystemExit(f"the dense products of {cell} do not fit in memory; leave the cell out")
+            return [_row(cell, name, [], [], None) | {"refused": "out of memory"} for name in ("dense products", *self.layers)]
         times, sensors = self.rounds_of(runners)
         base = times["dense products"]
         rows = [_row(cell, name, times[name], base, memory[name]) | {"sensors": sensors} for name in runners]

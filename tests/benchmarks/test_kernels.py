@@ -14,6 +14,7 @@ import torch
 from benchmarks import kernel_cases, kernel_peers, kernels
 from benchmarks.kernel_cases import ROUTINGS, SHAPES, TINY, Shape, difference, distance, expected, make_case, results
 from benchmarks.kernels import Bench, Cell, cells
+from moe.kernels import GROUPED_MLP
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(16, 32, 8, 3)
@@ -37,6 +38,16 @@ def test_a_quick_run_writes_every_cell_of_every_layer_that_is_here(tmp_path):
     assert all("liger_kernel" in row["refused"] for row in rows if row["layer"] == "liger")
     assert "liger: not here" in done.stdout
     assert list((tmp_path / "no").iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or "triton" not in GROUPED_MLP, reason="a GPU is here, or the table has no Triton")
+def test_tritons_layers_are_right_in_the_interpreter(tmp_path):
+    options = ("--quick", "--routings", "quarter empty", "--layers", "triton", "triton, recomputed", "--json", str(tmp_path / "raw.json"))
+    done = run(*options, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "raw.json").read_text())["rows"]
+    assert len(rows) == 3 * len(TINY)
+    assert all(row["both ms"] > 0 for row in rows), [row.get("refused") for row in rows]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
