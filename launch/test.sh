@@ -28,6 +28,8 @@ esac
 if [[ "$lane" == gpu ]]; then
     python="${PYTHON:-python3}"
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    # with torch alone there are the kernels to test; launch/wheels.sh carries what the rest needs
+    "$python" -c "import grain, pydantic, typer" 2>/dev/null || set -- tests/gpu tests/kernels "$@"
 else
     setup dev
     python=.venv/bin/python

@@ -37,3 +37,13 @@ def test_the_kernel_benchmark_runs_with_torch_alone():
     command = [sys.executable, "-c", code, "--quick", "--layers", "torch"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_gpu_lane_takes_the_tests_of_kernels_where_the_rest_cannot_be_imported(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK.partition("import pytest")[0])
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    command = ["bash", "launch/test.sh", "--gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "tests/gpu/test_triton.py::" in done.stdout
+    assert "tests/verify" not in done.stdout
