@@ -20,6 +20,13 @@ SETTINGS = {
     "replicas": "parallel.replicas",
     "exchange": "parallel.exchange",
     "exchange_room": "parallel.exchange_room",
+    "policy": "parallel.copies.policy",
+    "copies": "parallel.copies.copies",
+    "hidden": "parallel.copies.hidden",
+    "window": "parallel.copies.window",
+    "rematerialise": "parallel.copies.rematerialise",
+    "relay": "parallel.copies.relay",
+    "machine_ranks": "parallel.machine_ranks",
     "accumulate": "train.accumulate",
     "balance_window": "train.balance_window",
     "zero": "engine.zero",
@@ -27,7 +34,7 @@ SETTINGS = {
     "compile": "engine.compile",
 }
 _EXTRAS = {"deepspeed": "deepspeed"}  # engine → the package that it needs
-_NUMBERS = ("ranks", "expert_ranks", "replicas", "accumulate")
+_NUMBERS = ("ranks", "expert_ranks", "replicas", "accumulate", "copies", "hidden", "window", "machine_ranks")
 
 Layout = dict[str, Any]  # short name of a setting → its value; always "engine" and "ranks"
 
@@ -54,9 +61,19 @@ def describe(layout: Layout) -> str:
     return ",".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in layout.items())
 
 
-def words(layout: Layout) -> list[str]:
-    """The layout as key=value words."""
-    return [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in layout.items()]
+def words(recipe: Recipe, layout: Layout) -> list[str]:
+    """The layout as key=value words; what it leaves open about experts and windows is the recipe's."""
+    whole, parallel, found = recipe.model.moe, recipe.parallel, []
+    if whole is not None and layout.get("accumulate", 1) > 1:
+        found.append(f"train.balance_window={recipe.train.balance_window}")
+    if layout.get("expert_ranks", 1) > 1 and parallel.expert_ranks > 1:
+        if "exchange" not in layout:
+            found.append(f"parallel.exchange={parallel.exchange}")
+            found += [f"parallel.exchange_room={parallel.exchange_room}"] if parallel.exchange == "fixed" else []
+        if "policy" not in layout and parallel.copies.policy != "even":
+            idle = parallel.copies.idle()
+            found += [f"parallel.copies={json.dumps({k: v for k, v in parallel.copies.model_dump().items() if k not in idle})}"]
+    return found + [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in layout.items()]
 
 
 def check(recipe: Recipe, layout: Layout) -> None:
@@ -116,6 +133,7 @@ def _every_kind(recipe: Recipe) -> list[Layout]:
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 4},
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 2, **accumulated},
             {"engine": "fsdp2", "ranks": 4, "replicas": 2, "expert_ranks": 2},
+            {"engine": "fsdp2", "ranks": 4, "expert_ranks": 4, "policy": "hecate", "machine_ranks": 2},
         ]
     kinds += [{"engine": "deepspeed", "ranks": 2, "zero": 1}, {"engine": "deepspeed", "ranks": 2, "zero": 3}]
     if recipe.model.moe is not None:

@@ -83,9 +83,7 @@ def plan(recipe: Recipe, wanted: list[Layout], dtypes: Sequence[str]) -> tuple[l
 
 def _check(recipe: Recipe, layout: Layout, dtype: str, rule: str, device: str, rows: int, share: int, references: dict[Any, Case]) -> Check:
     base = [*shrink(recipe, dtype=dtype, rule=rule, rows=rows, expert_ranks=share), f"parallel.device={device}"]
-    words = [*base, *layouts.words(layout)]
-    if layout.get("accumulate", 1) > 1 and recipe.model.moe and "balance_window" not in layout:
-        words.append(f"train.balance_window={recipe.train.balance_window}")
+    words = [*base, *layouts.words(recipe, layout)]
     small, optimizer = built(words), "plain sgd" if rule == "sgd" else recipe.optimizer.name
     accumulate, ranks = _like(small, layout["ranks"])
     key = dtype, rule, accumulate, ranks

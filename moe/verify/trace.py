@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from moe.verify.shrink import VOCAB, batch
 # tokens of each layer's experts), buffer/<name> after it, and with plain SGD gradient/<parameter>. At the end:
 # moment/<moment>.<parameter> and parameter/<name>.
 Trace = dict[str, Tensor]
+_PLACE = {field.name for field in fields(Mesh)} - {"device", "timeout"}  # what a layout decides of a rank's place
 _MODEL, _OF_SGD = "model.", "optimizer.momentum_buffer."
 
 
@@ -29,17 +30,10 @@ def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Calla
     ranks: where one process stands in for several that accumulate, their number: its micro-batches are then those that they
     have at the same time. make: what builds the engine, in tests of what a wrong one looks like.
     """
-    layout = recipe.parallel
-    place = replace(
-        mesh,
-        replicas=layout.replicas,
-        expert_ranks=layout.expert_ranks,
-        exchange=layout.exchange,
-        exchange_room=layout.exchange_room,
-    )
+    asked = {name: value for name, value in recipe.parallel if name in _PLACE and value is not None}
     with torch.device("meta"):
         model = Transformer(recipe.model, VOCAB, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
-    engine = make(recipe, model, place)
+    engine = make(recipe, model, replace(mesh, **asked))
     plain, rows = recipe.optimizer.name == "sgd", []
     for step in range(steps):
         mine = _share(_together(batch(recipe, step), ranks, recipe.train.accumulate), mesh)

@@ -80,6 +80,14 @@ def layout(rng: random.Random, world: int, router: str) -> dict[str, Any]:
         chosen |= {"expert_ranks": share, "exchange": rng.choice(ways)}
         if chosen["exchange"] == "fixed":
             chosen["exchange_room"] = rng.choice([0.5, 1.0, 4.0])
+        elif rng.random() < 0.4:
+            chosen |= {
+                "policy": "hecate",
+                "copies": rng.choice([1, 2, 3]),
+                "hidden": rng.choice([1, 4]),
+                "machine_ranks": rng.choice([1, 2]),
+            }
+            chosen |= {"rematerialise": rng.random() < 0.5, "relay": rng.random() < 0.5}
     if replicas > 1:
         chosen["replicas"] = replicas
     if rng.random() < 0.5:

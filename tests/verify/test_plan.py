@@ -77,6 +77,18 @@ def test_a_batch_has_documents_uneven_padding_and_no_token_twice_in_a_row():
     assert torch.equal(found.index.flatten(), torch.arange(16 * POSITIONS))
 
 
+def test_a_layout_takes_what_it_leaves_open_from_the_recipe():
+    whole = recipe("parallel={expert_ranks: 4, exchange: tokens, copies: {policy: hecate, copies: 3}}", "train.accumulate=4")
+    for text, exchange, copies in (
+        ("ranks=2,expert_ranks=2", "tokens", 3),
+        ("ranks=2,expert_ranks=2,exchange=rows,policy=hecate", "rows", 2),
+        ("ranks=2", "rows", 2),
+    ):
+        parallel = built(plan(whole, [parse(text)], ["float64"])[0][0].case.words).parallel
+        assert (parallel.exchange, parallel.copies.copies) == (exchange, copies)
+        assert (parallel.copies.policy == "hecate") == ("expert_ranks" in text)
+
+
 def test_default_layouts_are_those_that_fit():
     chosen, left_out = default(recipe("model.moe.experts=6"), 4)
     kinds = [(layout["engine"], layout["ranks"], layout.get("expert_ranks", 1)) for layout in chosen]
