@@ -204,6 +204,7 @@ def resume(rank, world, folder, cases):
     runs = []
     for options in cases:
         tried = job(**options)
+        train(tried, range(20, 22), 1e-2)
         tried.evaluate(batch(99, rank, world), 0)  # may leave gathered weights behind
         state = tried.canonical_state()
         Store(folder, mesh()).load(state)
