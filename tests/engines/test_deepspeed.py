@@ -22,7 +22,7 @@ from tests.engines.tiny_job import batch, difference, engine, mesh, same, train,
 from tests.workers import run_ranks
 
 installed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'moe[deepspeed]'"
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: bash launch/deepspeed.sh DIR, then PYTHONPATH=DIR"
 )
 ADAMW = {"optimizer": "adamw", "clip": 0.5, "lr": 1e-2}
 SGD = {"optimizer": "sgd", "clip": None, "lr": 5e-2}
