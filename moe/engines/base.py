@@ -1,7 +1,7 @@
 """The contract of an engine: one optimizer step on the global batch, and a canonical view of what it learned.
 
 "Divide once": a loss is a sum, divided once by a count over the whole global batch; everything that travels is summed.
-No engine multiplies by a number of ranks, so none can forget it.
+No engine multiplies by a number of ranks, so none can forget it, but for one line of `deepspeed`, whose library divides.
 """
 
 from __future__ import annotations

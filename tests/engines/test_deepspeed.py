@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -319,8 +320,6 @@ def test_recipes_refuse_it_too():
 
 
 def without_deepspeed(rank, world):
-    import sys
-
     sys.modules["deepspeed"] = None  # type: ignore[assignment]
     with pytest.raises(ConfigError) as error:
         job()
