@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe.errors import ConfigError
 from moe.kernels.triton_configs import Config
 from moe.kernels.triton_tiles import Tiles, activate, activation_gradient, load, precision, row_pointer, store, tile_and_column, upcast
 from moe.shapes import Float, Int
@@ -100,7 +101,7 @@ def wgrad(
     """
     experts, p, q = out.shape
     if (out.stride(1), out.stride(2)) != (q, 1):
-        raise ValueError(f"a gradient with strides {out.stride()} cannot be written; make its last two dimensions contiguous")
+        raise ConfigError(f"a gradient with strides {out.stride()} cannot be written; make its last two dimensions contiguous")
     wgrad_kernel[(triton.cdiv(p, config.BLOCK_M) * triton.cdiv(q, config.BLOCK_N), experts)](
         *(left, right, index, ends, out, p, q, out.stride(0)),
         GATHER_LEFT=gathered == "left",

@@ -44,10 +44,11 @@ def forward(
     _check(x, index, slots, weight, counts, up, down, activation)
     if not _fits(x, weight, down):
         return grouped.forward(x, index, slots, weight, counts, up, down, activation, keep)
+    x, index, weight, counts = (t.contiguous() for t in (x, index, weight, counts))
     cut, config = _tiles(counts, len(index)), _configs(x, index, down)
     d, f = down.shape[1:]
     sizes = config("up", f, d)
-    hidden, activated = triton_forward.up(x.contiguous(), index, cut(sizes.BLOCK_M), up, activation, sizes, keep)
+    hidden, activated = triton_forward.up(x, index, cut(sizes.BLOCK_M), up, activation, sizes, keep)
     sizes = config("down", d, f)
     y = triton_forward.down(activated, weight, cut(sizes.BLOCK_M), down, sizes)
     return triton_forward.combine(y, index, slots, cut(sizes.BLOCK_M), len(x), config("combine", d, d)), hidden
@@ -71,8 +72,9 @@ def backward(
     """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
     if not _fits(x, weight, down):
         return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
+    grad, x, index, weight, counts = (t.contiguous() for t in (grad, x, index, weight, counts))
+    scale = None if scale is None else scale.contiguous()
     cut, config = _tiles(counts, len(index)), _configs(x, index, down)
-    grad, x = grad.contiguous(), x.contiguous()
     (d, f), width = down.shape[1:], hidden.shape[1]
     if len(hidden) < len(index):
         sizes = config("up", f, d)

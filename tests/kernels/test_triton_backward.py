@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from moe.errors import ConfigError
 from moe.kernels import triton_backward
 from moe.kernels.reference import ACTIVATIONS
 from moe.kernels.triton_backward import down_dgrad, up_dgrad, wgrad
@@ -175,7 +176,7 @@ def test_experts_gradients_may_be_rows_of_a_larger_buffer(accumulate):
         wgrad(left, right, index, "right", ends, each, SMALL, accumulate=accumulate)
     assert torch.equal(out, plain)
     assert buffer.count_nonzero() == plain.count_nonzero()
-    with pytest.raises(ValueError, match="make its last two dimensions contiguous"):
+    with pytest.raises(ConfigError, match="make its last two dimensions contiguous"):
         wgrad(left, right, index, "right", ends, plain.new_zeros(3, 48, 32).mT, SMALL)
 
 

@@ -208,6 +208,17 @@ def test_experts_may_be_rows_of_a_larger_buffer():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_rows_may_be_views_with_strides_of_their_own():
+    rows, weights = case([3, 0, 4], k=1, scaled=True)
+
+    def spread(t):
+        return None if t is None else torch.stack((t.detach(), t.detach()), -1)[..., 0].requires_grad_(t.requires_grad)
+
+    views = Rows(*(spread(t) for t in rows))
+    pairs = zip(results(triton_mlp.grouped_mlp, views, weights), results(triton_mlp.grouped_mlp, rows, weights), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("k", [None, 2])
 def test_the_same_rows_give_the_same_bits(k):
     given = case([7, 0, 17], k=k)
