@@ -8,16 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.shapes import Bool
 from moe.verify.trace import Trace
 
 # What happens in a step, in the order of cause and effect, and what is left after the last one.
 PER_STEP = ("loads", "auxiliary", "loss", "gradient", "norm", "buffer")
 AT_THE_END = ("moment", "parameter")
 FAMILIES = ("router", "experts", "attention", "norms", "embeddings", "mlp")
-# Largest difference that passes. float64 proves the layout; float32 adds up in another order. In bfloat16 tokens whose best experts
-# are nearly equal take another one, so that single elements prove nothing: there a quantity is compared by its size alone, which
-# shows a wrong factor, a missing sum or a missing part.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2}
+# Largest difference of an element that passes. float64 proves the layout; float32 adds up in another order.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
+_SPREAD = 10  # in float32, for parameters: AdamW divides what is small by what is small
+# Once a token has taken another expert because two were nearly equal, single elements prove nothing: then a quantity is compared by
+# its size, which still shows a wrong factor or a missing sum. In bfloat16 that is from the start, in float32 hardly ever.
+OF_SIZE = 0.2
+DTYPES = (*TOLERANCE, "bfloat16")
 
 
 class Row(NamedTuple):
@@ -44,25 +48,32 @@ class Row(NamedTuple):
 def compare(trace: Trace, reference: Trace, dtype: str) -> list[Row]:
     """A row for each quantity and family, in the order of cause and effect.
 
-    The difference is the largest of any element, relative to the largest element of this quantity, family and step; in bfloat16
+    The difference is the largest of any element, relative to the largest element of this quantity, family and step. By size it is
     the part by which the whole is too large or too small: 1 for twice the reference, whatever else it holds.
     Quantities of a step are compared up to the first step in which one of them misses: all later ones differ in everything, and
     would hide where it began.
     """
-    tolerance, by_size = TOLERANCE[dtype], dtype == "bfloat16"
     if trace.keys() != reference.keys():
-        return [Row("names", None, math.inf, tolerance, min(trace.keys() ^ reference.keys()), None)]
+        return [Row("names", None, math.inf, OF_SIZE, min(trace.keys() ^ reference.keys()), None)]
+    by_element = _by_element(trace, reference, dtype)
+    allowed = torch.where(by_element, TOLERANCE.get(dtype, OF_SIZE), OF_SIZE).double()
     groups: dict[tuple[str, str | None, str | None], list[str]] = {}
     for name in sorted(reference, key=_order):
         groups.setdefault(_group(name), []).append(name)
-    by_step = {key: _by_step(names, trace, reference, by_size=by_size) for key, names in groups.items() if key[0] in PER_STEP}
-    missed = torch.stack([~(found <= tolerance) for found, _ in by_step.values()]).any(0)
+    by_step = {key: _by_step(names, trace, reference, by_element) for key, names in groups.items() if key[0] in PER_STEP}
+    missed = torch.stack([~(found <= allowed) for found, _ in by_step.values()]).any(0)
     upto = int(missed.int().argmax()) + 1 if missed.any() else len(missed)
     rows = []
     for key, names in groups.items():
-        found, worst = by_step.get(key) or _by_step(names, *({n: x[n][None] for n in names} for x in (trace, reference)), by_size=by_size)
-        step = _largest(found[:upto])
-        rows.append(Row(key[0], key[1], found[step].item(), tolerance, worst[step], step if key[0] in PER_STEP else None))
+        if key[0] in PER_STEP:
+            found, worst = by_step[key]
+            step = _largest((found / allowed)[:upto])
+            rows.append(Row(key[0], key[1], found[step].item(), allowed[step].item(), worst[step], step))
+        else:
+            mine, theirs = ({name: side[name][None] for name in names} for side in (trace, reference))
+            found, worst = _by_step(names, mine, theirs, by_element[-1:])
+            spread = _SPREAD if key[0] == "parameter" and dtype == "float32" else 1
+            rows.append(Row(key[0], key[1], found.item(), allowed[-1].item() * spread, worst[0], None))
     return rows
 
 
@@ -72,17 +83,28 @@ def causes(rows: list[Row]) -> list[Row]:
     return [row for row in missed if row.step is not None] or missed
 
 
-def _by_step(names: list[str], trace: Trace, reference: Trace, *, by_size: bool) -> tuple[Tensor, list[str]]:
+def _by_element(trace: Trace, reference: Trace, dtype: str) -> Bool[Tensor, " s"]:
+    """The steps in which single elements can be compared."""
+    steps = torch.ones(len(reference["loss"]), dtype=torch.bool)
+    if dtype == "float64" or (dtype == "float32" and "loads" not in reference):
+        return steps
+    if dtype == "bfloat16":
+        return ~steps
+    elsewhere = (trace["loads"] != reference["loads"]).flatten(1).any(1)
+    return elsewhere.cumsum(0) == 0
+
+
+def _by_step(names: list[str], trace: Trace, reference: Trace, by_element: Bool[Tensor, " s"]) -> tuple[Tensor, list[str]]:
     """Difference in each step, and the tensor that has the largest part in it."""
     pairs = [[side[name].reshape(len(side[name]), -1) for side in (trace, reference)] for name in names]
-    if by_size:
-        each = torch.stack([((a - b) * b).sum(1) for a, b in pairs])
-        whole, scale = each.sum(0).abs(), torch.stack([b.square().sum(1) for _, b in pairs]).sum(0)
-    else:
-        each = torch.stack([(a - b).abs().amax(1) for a, b in pairs])
-        whole, scale = each.amax(0), torch.stack([b.abs().amax(1) for _, b in pairs]).amax(0)
-    worst = [names[_largest(column.abs())].partition("/")[2] or names[0] for column in each.unbind(1)]
-    return whole / torch.where(scale > 0, scale, 1), worst
+    largest = torch.stack([b.abs().amax(1) for _, b in pairs]).amax(0)
+    apart = torch.stack([(a - b).abs().amax(1) for a, b in pairs]) / torch.where(largest > 0, largest, 1)
+    square = torch.stack([b.square().sum(1) for _, b in pairs]).sum(0)
+    too_much = torch.stack([((a - b) * b).sum(1) for a, b in pairs]) / torch.where(square > 0, square, 1)
+    by_element = by_element | (square == 0)
+    each = torch.where(by_element, apart, too_much.abs())
+    worst = [names[_largest(column)].partition("/")[2] or names[0] for column in each.unbind(1)]
+    return torch.where(by_element, apart.amax(0), too_much.sum(0).abs()), worst
 
 
 def _largest(x: Tensor) -> int:

@@ -12,7 +12,7 @@ from moe.errors import ConfigError
 from moe.recipe import Recipe
 from moe.tables import nearest
 from moe.verify import layouts
-from moe.verify.compare import TOLERANCE, Row
+from moe.verify.compare import DTYPES, Row
 from moe.verify.layouts import Layout, describe
 from moe.verify.shrink import ROWS, built, shrink
 from moe.verify.trace import Trace
@@ -52,8 +52,8 @@ class Check:
 
 def plan(recipe: Recipe, wanted: list[Layout], dtypes: Sequence[str]) -> tuple[list[Check], list[tuple[str, str]], str]:
     """What to run for a recipe, what was left out and why, and the device."""
-    if unknown := [dtype for dtype in dtypes if dtype not in TOLERANCE]:
-        raise ConfigError(f"--dtype {unknown[0]} is not a choice; {nearest(unknown[0], TOLERANCE)}")
+    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        raise ConfigError(f"--dtype {unknown[0]} is not a choice; {nearest(unknown[0], DTYPES)}")
     for layout in wanted:
         layouts.check(recipe, layout)
     gpus = torch.cuda.device_count() if recipe.parallel.device != "cpu" else 0

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe.verify.compare import TOLERANCE, causes, compare, family
+from moe.verify.compare import DTYPES, causes, compare, family
 
 
 def made(**changes):
@@ -81,6 +81,22 @@ def test_bfloat16_is_compared_by_size():
     assert (row.quantity, row.family, row.difference) == ("gradient", "experts", 1)
 
 
+def test_float32_is_compared_by_size_from_the_step_in_which_a_token_took_another_expert():
+    loads = {"loads": torch.tensor([[[4.0, 4.0]], [[4.0, 4.0]]]).double()}
+    name, noise = "gradient/layers.0.moe.experts.up", [[0.0, 0.0], [0.1, -0.1]]
+    elsewhere = loads | {"loads": torch.tensor([[[4.0, 4.0]], [[4.1, 3.9]]]).double()}
+    assert all(row.passes for row in compare(made(**{name: noise}) | elsewhere, made() | loads, "float32"))
+    for trace, dtype in ((made(**{name: noise}) | loads, "float32"), (made(**{name: noise}) | elsewhere, "float64")):
+        assert not all(row.passes for row in compare(trace, made() | loads, dtype))
+    assert not all(row.passes for row in compare(made(**{name: noise[::-1]}) | elsewhere, made() | loads, "float32"))
+
+
+def test_something_where_there_should_be_nothing_misses_in_every_dtype():
+    bias = {"buffer/layers.0.moe.router.bias": [[0.5, 0.0], [0.0, 0.0]]}
+    for dtype in DTYPES:
+        assert [row.quantity for row in causes(compare(made(**bias), made(), dtype))] == ["buffer"]
+
+
 def test_causes_are_of_the_first_step_and_else_of_the_end():
     end = {"parameter/norm.weight": 1.0}
     both = compare(made(**end, norm=[0.0, 1.0]), made(), "float64")
@@ -88,7 +104,7 @@ def test_causes_are_of_the_first_step_and_else_of_the_end():
     assert [(row.quantity, row.family) for row in causes(compare(made(**end), made(), "float64"))] == [("parameter", "norms")]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["loss", "parameter/norm.weight", "gradient/layers.0.moe.router.weight"])
 def test_what_is_not_finite_misses_whatever_the_dtype(name, value, dtype):
