@@ -32,7 +32,7 @@ def check_replicas(mesh: Mesh, state: Mapping[str, Tensor], step: int) -> None:
     """Raise RankMismatch on every rank if copies of anything in a canonical state differ between ranks, be it by one bit.
 
     Copies are plain tensors, on all ranks, and parts of cut ones, on the ranks that have the same part. Every rank reads what it
-    has copies of once (2.5 GB/s on a CPU core), and a number a tensor travels.
+    has copies of once, and a number a tensor travels.
     """
     if mesh.world == 1:
         return

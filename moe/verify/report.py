@@ -48,7 +48,8 @@ def table(checks: Sequence[Check], left_out: Sequence[tuple[str, str]], device: 
         verdict = "PASS" if all(check.passes for check in some) else "FAIL"
         lines.append(f"{layout.ljust(width)}  {dtype:9}{cells}  {_backend(some[0], device):9} {verdict}")
         lines += [f"    {check.optimizer}: {line}" for check in some for line in misses(check)]
-    lines += [f"left out: {layout}: {why}" for layout, why in left_out]
+    for why in dict.fromkeys(why for _, why in left_out):
+        lines.append(f"left out, because {why}: {'; '.join(layout for layout, reason in left_out if reason == why)}")
     dtypes = dict.fromkeys(check.dtype for check in checks)
     limits = {dtype: f"{TOLERANCE[dtype]:g}" if dtype in TOLERANCE else f"{OF_SIZE:g} of its size" for dtype in dtypes}
     allowed = ", ".join(f"{limit} in {dtype}" for dtype, limit in limits.items())

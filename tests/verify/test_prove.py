@@ -63,7 +63,7 @@ def test_a_miss_is_named_beneath_its_line(difference):
     assert line.startswith("engine=ddp,ranks=2  float64")
     assert line.endswith("FAIL")
     assert cause == f"    plain sgd: gradient of experts differs by {difference:.1e} (layers.0.moe.experts.up, step 1)"
-    assert "left out: engine=deepspeed,ranks=2: it is not installed" in text
+    assert "left out, because it is not installed: engine=deepspeed,ranks=2" in text
     assert "1 of 2 checks FAIL" in text
     entry = json.loads(json.dumps(record("debug", checks(difference), [], "cpu", 3), allow_nan=False))
     assert not entry["passes"]
