@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.shapes import Bool
+from moe.shapes import Bool, Float
 from moe.verify.trace import Trace
 
 # What happens in a step, in the order of cause and effect, and what is left after the last one.
@@ -17,10 +17,11 @@ AT_THE_END = ("moment", "parameter")
 FAMILIES = ("router", "experts", "attention", "norms", "embeddings", "mlp")
 # Largest difference of an element that passes. float64 proves the layout; float32 adds up in another order.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
-_SPREAD = 10  # in float32, for parameters: AdamW divides what is small by what is small
+_OF_PARAMETERS = 10  # times as much below float64: AdamW divides what is small by what is small
 # Once a token has taken another expert because two were nearly equal, single elements prove nothing: then a quantity is compared by
 # its size, which still shows a wrong factor or a missing sum. In bfloat16 that is from the start, in float32 hardly ever.
 OF_SIZE = 0.2
+_OF_SIGNS = 4  # times as much for buffers, such as biases that move by the sign of a load's distance from the mean
 DTYPES = (*TOLERANCE, "bfloat16")
 
 
@@ -56,15 +57,15 @@ def compare(trace: Trace, reference: Trace, dtype: str) -> list[Row]:
     if trace.keys() != reference.keys():
         return [Row("names", None, math.inf, OF_SIZE, min(trace.keys() ^ reference.keys()), None)]
     by_element = _by_element(trace, reference, dtype)
-    allowed = torch.where(by_element, TOLERANCE.get(dtype, OF_SIZE), OF_SIZE).double()
     groups: dict[tuple[str, str | None, str | None], list[str]] = {}
     for name in sorted(reference, key=_order):
         groups.setdefault(_group(name), []).append(name)
     by_step = {key: _by_step(names, trace, reference, by_element) for key, names in groups.items() if key[0] in PER_STEP}
-    missed = torch.stack([~(found <= allowed) for found, _ in by_step.values()]).any(0)
+    missed = torch.stack([~(found <= _allowed(key[0], by_element, dtype)) for key, (found, _) in by_step.items()]).any(0)
     upto = int(missed.int().argmax()) + 1 if missed.any() else len(missed)
     rows = []
     for key, names in groups.items():
+        allowed = _allowed(key[0], by_element, dtype)
         if key[0] in PER_STEP:
             found, worst = by_step[key]
             step = _largest((found / allowed)[:upto])
@@ -72,8 +73,7 @@ def compare(trace: Trace, reference: Trace, dtype: str) -> list[Row]:
         else:
             mine, theirs = ({name: side[name][None] for name in names} for side in (trace, reference))
             found, worst = _by_step(names, mine, theirs, by_element[-1:])
-            spread = _SPREAD if key[0] == "parameter" and dtype == "float32" else 1
-            rows.append(Row(key[0], key[1], found.item(), allowed[-1].item() * spread, worst[0], None))
+            rows.append(Row(key[0], key[1], found.item(), allowed[-1].item(), worst[0], None))
     return rows
 
 
@@ -92,6 +92,13 @@ def _by_element(trace: Trace, reference: Trace, dtype: str) -> Bool[Tensor, " s"
         return ~steps
     elsewhere = (trace["loads"] != reference["loads"]).flatten(1).any(1)
     return elsewhere.cumsum(0) == 0
+
+
+def _allowed(quantity: str, by_element: Bool[Tensor, " s"], dtype: str) -> Float[Tensor, " s"]:
+    """What a quantity may differ by in each step."""
+    of_element = TOLERANCE.get(dtype, OF_SIZE) * (_OF_PARAMETERS if quantity == "parameter" and dtype != "float64" else 1)
+    of_size = OF_SIZE * (_OF_SIGNS if quantity == "buffer" else 1)
+    return torch.where(by_element, of_element, of_size).double()
 
 
 def _by_step(names: list[str], trace: Trace, reference: Trace, by_element: Bool[Tensor, " s"]) -> tuple[Tensor, list[str]]:
