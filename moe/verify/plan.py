@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ def plan(recipe: Recipe, wanted: list[Layout], dtypes: Sequence[str]) -> tuple[l
     if not wanted:
         chosen, left_out = layouts.default(recipe, min(most, _MOST_ON_CPU))
     number = layouts.rows(chosen, ROWS)
-    share = max((layout.get("expert_ranks", 1) for layout in chosen), default=1)
+    share = math.lcm(*(layout.get("expert_ranks", 1) for layout in chosen))
     checks, references = [], {}
     for layout in chosen:
         refused = {}

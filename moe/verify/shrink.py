@@ -16,6 +16,7 @@ from moe.routers import build
 from moe.yaml_reader import read_text
 
 POSITIONS, VOCAB, WIDTH, ROWS = 12, 64, 16, 16
+PLAIN = 1e-30  # momentum of plain SGD: too small to change a step, it makes the gradient part of what an engine shows
 _SMALLEST_CLIP = 0.1  # below the gradient of every small model, so that clipping has something to do
 _TIMEOUT = 120  # seconds for a collective of a small model: whatever takes longer hangs
 
@@ -30,8 +31,7 @@ def shrink(recipe: Recipe, *, dtype: str, rule: str, rows: int, expert_ranks: in
     tree = read_text(dump(recipe), "the recipe")[0]
     optimizer, clip = tree["optimizer"], recipe.train.clip
     if rule == "sgd":
-        # its momentum is too small to change a step, and makes the gradient part of what an engine shows
-        optimizer, clip = {"name": "sgd", "lr": 0.05, "momentum": 1e-30, "weight_decay": 0.0}, None
+        optimizer, clip = {"name": "sgd", "lr": 0.05, "momentum": PLAIN, "weight_decay": 0.0}, None
     train = {"batch": rows, "seed": recipe.train.seed, "dtype": dtype, "clip": clip and min(clip, _SMALLEST_CLIP)}
     sections = {
         "model": _model(recipe, tree["model"], math.lcm(4, expert_ranks)),

@@ -14,7 +14,7 @@ from moe.model.transformer import Transformer
 from moe.parallel.mesh import Mesh
 from moe.recipe import Recipe
 from moe.train.loop import build_engine
-from moe.verify.shrink import VOCAB, batch
+from moe.verify.shrink import PLAIN, VOCAB, batch
 
 # In float64. With a row a step: loss, norm (of the gradient, before clipping), auxiliary (in all and of each layer), loads (routed
 # tokens of each layer's experts), buffer/<name> after it, and with plain SGD gradient/<parameter>. At the end:
@@ -34,7 +34,7 @@ def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Calla
     with torch.device("meta"):
         model = Transformer(recipe.model, VOCAB, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
     engine = make(recipe, model, replace(mesh, **asked))
-    plain, rows = recipe.optimizer.name == "sgd", []
+    plain, rows = recipe.optimizer.momentum == PLAIN, []
     for step in range(steps):
         mine = _share(_together(batch(recipe, step), ranks, recipe.train.accumulate), mesh)
         result = engine.step(mine, step, recipe.optimizer.lr)
@@ -46,14 +46,14 @@ def trace(recipe: Recipe, mesh: Mesh, *, steps: int, ranks: int = 1, make: Calla
         row |= {f"buffer/{key.removeprefix(_MODEL)}": value for key, value in state.items() if _is_buffer(key, engine)}
         row |= {f"gradient/{key.removeprefix(_OF_SGD)}": _whole(t) for key, t in state.items() if plain and key.startswith(_OF_SGD)}
         rows.append({name: value.detach().double().cpu() for name, value in row.items()})
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | _learned(engine)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | _learned(engine, plain)
 
 
-def _learned(engine: Any) -> Trace:
+def _learned(engine: Any, plain: bool) -> Trace:
     """The canonical state with nothing cut over ranks, by what it is."""
     learned = {}
     for key, tensor in engine.canonical_state().items():
-        if key == "optimizer.step" or key.startswith(_OF_SGD) or _is_buffer(key, engine):
+        if key == "optimizer.step" or (plain and key.startswith(_OF_SGD)) or _is_buffer(key, engine):
             continue
         name = f"parameter/{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else f"moment/{key.removeprefix('optimizer.')}"
         learned[name] = _whole(tensor).detach().double().cpu()

@@ -89,6 +89,24 @@ def test_a_layout_takes_what_it_leaves_open_from_the_recipe():
         assert (parallel.copies.policy == "hecate") == ("expert_ranks" in text)
 
 
+def test_experts_suit_every_layout_that_is_asked_for():
+    whole = recipe("model.moe.experts=60")
+    checks, _, _ = plan(whole, [parse("expert_ranks=3"), parse("expert_ranks=5"), parse("expert_ranks=4")], ["float64"])
+    assert {check.small.model.moe.experts for check in checks} == {60}
+    checks, _, _ = plan(whole, [parse("expert_ranks=3")], ["float64"])
+    assert {check.small.model.moe.experts for check in checks} == {12}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_recipe_s_own_sgd_is_not_the_plain_one(momentum):
+    checks, _, _ = plan(recipe(f"optimizer={{name: sgd, momentum: {momentum}}}"), [parse("ranks=2")], ["float64"])
+    own, plain = rows(checks)
+    assert all(row.passes for row in own + plain)
+    assert any(row.quantity == "gradient" for row in plain)
+    assert not any(row.quantity == "gradient" for row in own)
+    assert any(row.quantity == "moment" for row in own) == (momentum > 0)
+
+
 def test_default_layouts_are_those_that_fit():
     chosen, left_out = default(recipe("model.moe.experts=6"), 4)
     kinds = [(layout["engine"], layout["ranks"], layout.get("expert_ranks", 1)) for layout in chosen]
