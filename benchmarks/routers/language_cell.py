@@ -43,7 +43,9 @@ class Cell(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """What names the cell in a line of results."""
-        return {name: value for name, value in self._asdict().items() if name not in ("words", "folder")} | {"words": self.words[2:]}
+        return {name: value for name, value in self._asdict().items() if name not in ("words", "folder")} | {
+            "words": [word for word in self.words if not word.startswith(("run.folder=", "data.sources="))]
+        }
 
 
 class Watch:
