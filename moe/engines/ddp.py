@@ -41,7 +41,9 @@ class DDP(Engine):
         pairs = [(name in self.shared_out, (p, masters[name])) for name, p in reversed(list(model.named_parameters()))]
         self.lanes = [Lane([pair for out, pair in pairs if not out], None)]
         if self.grid is not None:
-            self.lanes.append(Lane([pair for out, pair in pairs if out], self.grid.get_group("shard")))
+            # gradients of copies come home when the backward pass is over
+            late = self.planner is not None
+            self.lanes.append(Lane([pair for out, pair in pairs if out], self.grid.get_group("shard"), late=late))
         self.buckets = [bucket for lane in self.lanes for bucket in lane.buckets]
         self.last = False
         self._listen()
@@ -110,8 +112,8 @@ class Bucket:
 class Lane:
     """The buckets whose gradients are summed over the same ranks."""
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], group: Any) -> None:
-        self.buckets, self.group, self.started = _buckets(pairs), group, 0
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], group: Any, *, late: bool = False) -> None:
+        self.buckets, self.group, self.late, self.started = _buckets(pairs), group, late, 0
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def expect(self) -> None:
@@ -123,7 +125,7 @@ class Lane:
     def start(self, everything: bool = False) -> None:
         """Send the buckets that are full, in their order, whatever that of their gradients: it must be the same on all ranks."""
         for bucket in self.buckets[self.started :] if self.ranks > 1 else ():
-            if bucket.missing and not everything:
+            if (bucket.missing or self.late) and not everything:
                 return
             bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
             self.started += 1

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe.kernels.reference import ExpertWeights
 from moe.model.attention import Attention
 from moe.model.experts import Experts
 from moe.model.layers import FeedForward
@@ -49,6 +50,11 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     for number, block in enumerate(blocks):
         if block.moe is not None:
             share_out(block.moe, number, grid, mesh)
+    if mesh.copies is not None and mesh.copies.policy != "even":
+        group = mesh.experts().get_group("expert")  # another one than the tokens': copies travel while tokens do
+        for block in blocks:
+            if block.moe is not None:
+                _materialise(block, group, mesh)
     return grid
 
 
@@ -70,9 +76,15 @@ def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> Non
             setattr(layer.experts, name, nn.Parameter(p.new_empty(here, *p.shape[1:])))
     if grid.device_type == "cuda" and layer.shared is not None:
         layer.beside = torch.cuda.Stream()
-    if mesh.copies is not None and mesh.copies.policy != "even":
-        node = np.array([r // mesh.machine_ranks for r in dist.get_process_group_ranks(group)])
-        layer.dispatcher.node = node
-        gather = Materialise(group, node, relay=mesh.copies.relay and len(set(node)) > 1, again=mesh.copies.rematerialise)
-        gather.place(layer.dispatcher.placement)
-        layer.experts.gather, layer.experts.grouped_mlp = gather, gather.around(layer.experts.grouped_mlp)
+
+
+def _materialise(block: Any, group: Any, mesh: Mesh) -> None:
+    """Let a block's experts be copied to where they pay, sent for before its attention."""
+    layer, copies = block.moe, mesh.copies
+    assert copies is not None
+    node = np.array([rank // mesh.machine_ranks for rank in dist.get_process_group_ranks(group)])
+    gather = Materialise(group, node, relay=copies.relay and len(set(node.tolist())) > 1, again=copies.rematerialise)
+    layer.dispatcher.node = node
+    gather.place(layer.dispatcher.placement)
+    layer.experts.gather, layer.experts.grouped_mlp = gather, gather.around(layer.experts)
+    block.register_forward_pre_hook(lambda *_: gather.begin(ExpertWeights(layer.experts.up, layer.experts.down)))

@@ -72,6 +72,13 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.Process
     return out
 
 
+def exchange_into(out: Tensor, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None) -> Any:
+    """`exchange` that fills `out` by and by; wait for what it returns before reading it, or writing to `x`."""
+    rank = dist.get_rank(group)
+    _note("experts", len(send), x.dtype, (sum(send) - send[rank]) * x.shape[1:].numel() * x.element_size())
+    return dist.all_to_all_single(out, x.contiguous(), receive, send, group=group, async_op=True)
+
+
 def exchange_with_gradient(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
     """`exchange`, whose gradient goes the way back."""
     return _Exchange.apply(x, send, receive, group)

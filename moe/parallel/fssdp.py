@@ -18,11 +18,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from moe.kernels.reference import ExpertWeights, Rows
+from moe.model.experts import Experts
 from moe.model.moe_layer import MoELayer, Report
 from moe.parallel import POLICIES
-from moe.parallel.collectives import exchange, gather_ranks
+from moe.parallel.collectives import exchange, exchange_into, gather_ranks
 from moe.parallel.layout import Copies
-from moe.parallel.placement import Placement, Trip, trip
+from moe.parallel.placement import Hop, Placement, Trip, trip
 from moe.parallel.policies import Question
 from moe.shapes import Float
 from moe.tables import entry
@@ -39,98 +40,137 @@ class Materialise:
         self.rank = dist.get_rank(group)
         self.dtype: torch.dtype | None = None  # of the copies; None: the parameters'
         self.trip: Trip
+        self.begun: Pending | None = None
 
     def place(self, placement: Placement) -> None:
         """From now on the copies of `placement`."""
         self.trip = trip(placement, self.rank, self.node, relay=self.relay)
 
-    def __call__(self, weights: ExpertWeights) -> ExpertWeights:
-        dtype = weights.up.dtype if self.dtype is None else self.dtype
-        return ExpertWeights(*_Gather.apply(weights.up, weights.down, self.trip, self.group, dtype))
+    def begin(self, weights: ExpertWeights) -> None:
+        """Send for the copies, which are waited for when they are asked for."""
+        self.begun = Pending(self.trip, self.group, weights.up.dtype if self.dtype is None else self.dtype)
+        self.begun.start(weights.up, weights.down)
 
-    def around(self, grouped_mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`grouped_mlp` that keeps no copies for the backward pass."""
+    def __call__(self, weights: ExpertWeights) -> ExpertWeights:
+        if self.begun is None:
+            self.begin(weights)
+        pending, self.begun = self.begun, None
+        return ExpertWeights(*_Materialise.apply(weights.up, weights.down, pending))
+
+    def around(self, experts: Experts) -> Callable[..., Tensor]:
+        """The experts' product, such that it keeps no copies for the backward pass."""
+        grouped_mlp = experts.grouped_mlp
 
         def run(rows: Rows, weights: ExpertWeights, activation: str, keep: bool) -> Float[Tensor, "m d"]:
             if not self.again or not torch.is_grad_enabled():
                 return grouped_mlp(rows, weights, activation, keep)
-            with torch.autograd.graph.saved_tensors_hooks(*_forgetting(weights)):
+            pending = Pending(self.trip, self.group, weights.up.dtype)
+            with torch.autograd.graph.saved_tensors_hooks(*_forgetting(weights, experts, pending)):
                 return grouped_mlp(rows, weights, activation, keep)
 
         return run
 
 
-def _forgetting(weights: ExpertWeights) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+class Pending:
+    """What one rank's experts need to become all that it holds: their trip, and what is still under way."""
+
+    def __init__(self, trip: Trip, group: Any, dtype: torch.dtype) -> None:
+        self.trip, self.group, self.dtype = trip, group, dtype
+        self.rows: Tensor | None = None
+        self.work: Any = None
+
+    @torch.no_grad()
+    def start(self, up: Float[Tensor, "n g f d"], down: Float[Tensor, "n d f"]) -> None:
+        """A row an expert: its own, and what the first hop brings once the work is done."""
+        first, width = self.trip.hops[0], up.shape[1:].numel()
+        self.rows = rows = up.new_empty(len(up) + sum(first.receive), width + down.shape[1:].numel(), dtype=self.dtype)
+        rows[: len(up), :width] = up.flatten(1)
+        rows[: len(up), width:] = down.flatten(1)
+        self.work = exchange_into(rows[len(up) :], rows[first.picks], first.send, first.receive, self.group)
+
+    def finish(self) -> Float[Tensor, "h p"]:
+        """The experts that this rank holds, in the order in which it holds them."""
+        assert self.rows is not None
+        self.work.wait()
+        rows, self.rows, self.work = self.rows, None, None
+        for hop in self.trip.hops[1:]:
+            rows = torch.cat([rows, exchange(rows[hop.picks], hop.send, hop.receive, self.group)])
+        return rows if self.trip.order is None else rows[self.trip.order]
+
+    def finish_back(self, grad: Float[Tensor, "h p"]) -> Float[Tensor, "r p"]:
+        """The adjoint of `finish`: relays add up what they passed on, one rank after the other."""
+        if self.trip.order is not None:
+            place = torch.tensor(self.trip.order, device=grad.device)
+            grad = grad.new_zeros(self.trip.rows, grad.shape[1]).index_copy_(0, place, grad)
+        for hop in reversed(self.trip.hops[1:]):
+            end = len(grad) - sum(hop.receive)
+            back = exchange(grad[end:], hop.receive, hop.send, self.group)
+            grad = grad[:end]
+            self.add(grad, back, hop)
+        return grad
+
+    def add(self, grad: Tensor, back: Tensor, hop: Hop) -> None:
+        """Add what came from each rank, in their order and each expert once: the same sum on any machine."""
+        picks = torch.tensor(hop.picks, dtype=torch.int64, device=grad.device)
+        for part, where in zip(back.split(hop.send), picks.split(hop.send), strict=True):
+            grad[where] += part
+
+
+class _Materialise(torch.autograd.Function):
+    """Own experts become all that this rank holds: strided views of one buffer with a row an expert.
+
+    The gradients that come back from other ranks are under way until the backward pass ends, and are added then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, down: Tensor, pending: Pending) -> tuple[Tensor, Tensor]:
+        ctx.owned, ctx.pending = (up, down), pending
+        return _parts(pending.finish(), up.shape[1:], down.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (up, down), pending = ctx.owned, ctx.pending
+        grad = pending.finish_back(torch.cat([grad.flatten(1) for grad in grads], 1).to(up.dtype))
+        hop, own = pending.trip.hops[0], len(up)
+        back = grad.new_empty(sum(hop.send), grad.shape[1])
+        work = exchange_into(back, grad[own:], hop.receive, hop.send, pending.group)
+
+        def home() -> None:
+            work.wait()
+            for p, part in zip((up, down), _parts(back, up.shape[1:], down.shape[1:]), strict=True):
+                assert p.grad is not None
+                pending.add(p.grad, part, hop)
+
+        torch.autograd.Variable._execution_engine.queue_callback(home)  # type: ignore[attr-defined]
+        # copies, because autograd may keep what it is given as the parameters' gradients, rows of others and all
+        of_up, of_down = _parts(grad[:own], up.shape[1:], down.shape[1:])
+        return of_up.clone(), of_down.clone(), None
+
+
+def _parts(rows: Tensor, up: torch.Size, down: torch.Size) -> tuple[Tensor, Tensor]:
+    return rows[:, : up.numel()].unflatten(1, up), rows[:, up.numel() :].unflatten(1, down)
+
+
+def _forgetting(weights: ExpertWeights, experts: Experts, pending: Pending) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     """Hooks that keep a word in place of a gathered weight, and gather once more when it is asked for."""
-    node = weights.up.grad_fn
     names = {weights.up.data_ptr(): "up", weights.down.data_ptr(): "down"}
-    shapes = weights.up.shape, weights.down.shape
+    shapes = {"up": weights.up.shape, "down": weights.down.shape}
     fetched: dict[str, Tensor] = {}
 
     def pack(tensor: Tensor) -> Any:
         name = names.get(tensor.data_ptr())
-        return name if name is not None and tensor.shape in shapes else tensor
+        return name if name is not None and tensor.shape == shapes[name] else tensor
 
     def unpack(kept: Any) -> Tensor:
         if not isinstance(kept, str):
             return kept
         if kept not in fetched:
-            assert node is not None
             with torch.no_grad():
-                fetched.update(zip(("up", "down"), gathered(*node.saved(), *node.way), strict=True))  # type: ignore[attr-defined]
+                pending.start(experts.up, experts.down)
+                fetched.update(zip(("up", "down"), _parts(pending.finish(), shapes["up"][1:], shapes["down"][1:]), strict=True))
         return fetched.pop(kept)
 
     return pack, unpack
-
-
-def gathered(
-    up: Float[Tensor, "n g f d"], down: Float[Tensor, "n d f"], trip: Trip, group: Any, dtype: torch.dtype
-) -> tuple[Float[Tensor, "h g f d"], Float[Tensor, "h d f"]]:
-    """This rank's own experts and the copies that it holds, as strided views of one buffer with a row an expert."""
-    width = up[0].numel() if len(up) else up.shape[1:].numel()
-    rows = up.new_empty(trip.rows, width + down.shape[1:].numel(), dtype=dtype)
-    rows[: len(up), :width] = up.flatten(1)
-    rows[: len(up), width:] = down.flatten(1)
-    end = len(up)
-    for hop in trip.hops:
-        came = sum(hop.receive)
-        rows[end : end + came] = exchange(rows[hop.picks], hop.send, hop.receive, group)
-        end += came
-    if trip.order is not None:
-        rows = rows[trip.order]
-    return rows[:, :width].unflatten(1, up.shape[1:]), rows[:, width:].unflatten(1, down.shape[1:])
-
-
-def returned(grad_up: Tensor, grad_down: Tensor, own: int, trip: Trip, group: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The adjoint of `gathered`: the gradients of this rank's own experts, summed over all their holders in `dtype`."""
-    width = grad_up.shape[1:].numel()
-    rows = grad_up.new_zeros(trip.rows, width + grad_down.shape[1:].numel(), dtype=dtype)
-    place = slice(None) if trip.order is None else torch.tensor(trip.order, device=rows.device)
-    rows[place, :width] = grad_up.flatten(1).to(dtype)
-    rows[place, width:] = grad_down.flatten(1).to(dtype)
-    end = trip.rows
-    for hop in reversed(trip.hops):
-        start = end - sum(hop.receive)
-        back = exchange(rows[start:end], hop.receive, hop.send, group)
-        picks = torch.tensor(hop.picks, dtype=torch.int64, device=rows.device)
-        for part, where in zip(back.split(hop.send), picks.split(hop.send), strict=True):
-            rows[where] += part  # one rank after the other, each with an expert once: the same sum on any machine
-        end = start
-    return rows[:own, :width].unflatten(1, grad_up.shape[1:]), rows[:own, width:].unflatten(1, grad_down.shape[1:])
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, up: Tensor, down: Tensor, trip: Trip, group: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(up, down)
-        ctx.saved, ctx.way = lambda: ctx.saved_tensors, (trip, group, dtype)
-        return gathered(up, down, trip, group, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        up, _ = ctx.saved_tensors
-        trip, group, _ = ctx.way
-        return *returned(grads[0], grads[1], len(up), trip, group, up.dtype), None, None, None
 
 
 class Planner:
