@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.kernels import GROUPED_MLP, autograd
+from moe.kernels import GROUPED_MLP, SORT, autograd
 from moe.kernels.reference import ExpertWeights, Rows
-from moe.shapes import Float
+from moe.kernels.sort import Sorted
+from moe.kernels.sort import sort as by_torch
+from moe.shapes import Float, Int
+from moe.tables import entry
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)  # asynchronous copies and bfloat16 products begin there
@@ -37,6 +40,13 @@ def grouped_mlp(rows: Rows, weights: ExpertWeights, activation: str, keep: bool 
     d, f = weights.down.shape[1:]
     name = choose(machine(rows.x.device.type, rows.x.device.index), rows.x.dtype, d, f).name
     return autograd.grouped_mlp(GROUPED_MLP[name].partition(":")[0], rows, weights, activation, keep)
+
+
+def sort(expert: Int[Tensor, " n"], num_experts: int) -> Sorted:
+    """A stable sort by expert: counted by Triton on a GPU that has it, by torch elsewhere."""
+    if expert.device.type == "cuda" and no_triton(machine("cuda", expert.device.index)) is None:
+        return entry(SORT, "triton", "sort")(expert, num_experts)
+    return by_torch(expert, num_experts)
 
 
 def choose(machine: Machine, dtype: torch.dtype, d: int, f: int) -> Choice:

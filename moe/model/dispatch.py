@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from moe.kernels.auto import sort
 from moe.kernels.reference import Rows
-from moe.kernels.sort import sort
 from moe.routers.base import Routing
 from moe.shapes import Float
 

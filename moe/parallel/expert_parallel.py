@@ -17,9 +17,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from moe.errors import ConfigError, RankMismatch
+from moe.kernels.auto import sort
 from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
-from moe.kernels.sort import Sorted, sort
+from moe.kernels.sort import Sorted
 from moe.parallel.collectives import exchange, exchange_with_gradient
 from moe.parallel.placement import Placement, choices, even
 from moe.routers.base import Routing
