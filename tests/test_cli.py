@@ -46,7 +46,7 @@ def test_the_version_is_the_package_s():
 
 def test_help_names_the_verbs():
     text = run("--help").stdout
-    for verb in ("train", "generate", "inspect", "verify", "tokenize", "config", "doctor"):
+    for verb in ("train", "generate", "inspect", "verify", "tune", "tokenize", "config", "doctor"):
         assert verb in text
 
 
