@@ -176,6 +176,15 @@ class Engine(ABC):
             for dispatcher in self.dispatchers:
                 dispatcher.exact = False
 
+    def foresight(self) -> list[Any]:
+        """What the next placements of experts follow from beside the canonical state, as JSON."""
+        return [] if self.planner is None else self.planner.state()
+
+    def foresee(self, foresight: list[Any]) -> None:
+        """Go on from `foresight`; one of another layout is forgotten, and changes nothing that is learned."""
+        if self.planner is not None:
+            self.planner.resume(foresight)
+
     @torch.no_grad()
     def evaluate(self, batch: Any, step: int) -> Evaluated:
         """Losses of a held-out batch, summed over ranks; changes nothing. Every rank must call it as often."""

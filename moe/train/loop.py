@@ -214,6 +214,7 @@ def restore(store: Store, engine: Any, loader: Loader, console: Console, steps: 
     scalars = store.load(state)
     engine.load_canonical(state)
     loader.restore(scalars["loader"])
+    engine.foresee(scalars.get("foresight", []))
     progress = Progress(**scalars["progress"])
     if progress.step < steps:
         console.say(f"going on from step {progress.step}")
@@ -224,5 +225,5 @@ def restore(store: Store, engine: Any, loader: Loader, console: Console, steps: 
 
 def save(store: Store, engine: Any, loader: Loader, progress: Progress, *, background: bool) -> None:
     """Write a checkpoint of everything that the next step depends on."""
-    scalars = {"progress": asdict(progress), "loader": loader.state()}
+    scalars = {"progress": asdict(progress), "loader": loader.state(), "foresight": engine.foresight()}
     store.save(progress.step, engine.canonical_state(), scalars, background=background)

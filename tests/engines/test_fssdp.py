@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
+from moe.checkpoint.store import Store
 from moe.parallel.placement import Placement
 from tests.engines.test_expert_parallel import SGD_HERE, curves
 from tests.engines.test_reading_routers import AVG_K, Sparsest, built
-from tests.engines.tiny_job import difference, engine, train
+from tests.engines.tiny_job import difference, engine, mesh, train
 from tests.workers import run_ranks
 
 ADAMW = {"optimizer": "adamw", "clip": 0.5, "lr": 1e-2}
@@ -67,7 +68,7 @@ def over_four(rank, world, copies):
 
 @pytest.mark.parametrize("relay", [False, True])
 def test_copies_between_machines_train_the_model_of_one_process(relay):
-    (alone, _) = run_ranks(1, eight, {})[0]
+    alone, _ = run_ranks(1, eight, {})[0]
     for run in run_ranks(4, over_four, {**HECATE, "relay": relay, "rematerialise": relay})[0]:
         assert difference(run, alone) < 1e-10
 
@@ -85,3 +86,31 @@ def test_routers_that_read_experts_read_their_owners():
     for name in ("ddp", "fsdp2"):
         for run, one in zip(run_ranks(2, reading, {"name": name, "expert_ranks": 2, "copies": HECATE})[0], alone, strict=True):
             assert difference(run, one) < 1e-10
+
+
+def saved(rank, world, folder):
+    job = engine(**MOVING)
+    train(job, range(3), 1e-2)
+    Store(folder, mesh()).save(3, job.canonical_state(), {"foresight": job.foresight()})
+    return train(job, range(3, 6), 1e-2), [dispatcher.placement.digest for dispatcher in job.dispatchers]
+
+
+def resumed(rank, world, folder, options):
+    job = engine(**options)
+    state = job.canonical_state()
+    scalars = Store(folder, mesh()).load(state)
+    job.load_canonical(state)
+    job.foresee(scalars["foresight"])
+    return train(job, range(3, 6), 1e-2), [dispatcher.placement.digest for dispatcher in job.dispatchers]
+
+
+MOVING = {"expert_ranks": 2, "copies": HECATE, "machine_ranks": 1}
+
+
+def test_a_run_goes_on_bit_for_bit_with_its_copies_and_within_rounding_without(tmp_path):
+    uninterrupted, placements = run_ranks(2, saved, tmp_path)[0]
+    run, again = run_ranks(2, resumed, tmp_path, MOVING)[0]
+    assert again == placements
+    assert difference(run, uninterrupted) == 0
+    for world, options in ((2, {"expert_ranks": 2}), (1, {}), (4, {**MOVING, "name": "fsdp2"})):
+        assert difference(run_ranks(world, resumed, tmp_path, options)[0][0], uninterrupted) < 1e-12
