@@ -6,6 +6,7 @@ No engine multiplies by a number of ranks, so none can forget it, but for one li
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -177,13 +178,20 @@ class Engine(ABC):
                 dispatcher.exact = False
 
     def foresight(self) -> list[Any]:
-        """What the next placements of experts follow from beside the canonical state, as JSON."""
-        return [] if self.planner is None else self.planner.state()
+        """What the next placements of experts follow from beside the canonical state, of each group of expert ranks, as JSON.
+
+        Every rank must call it.
+        """
+        if self.planner is None:
+            return []
+        everyone = self.mesh.gather(json.dumps(self.planner.state()).encode())
+        return [json.loads(text) for text in everyone[:: self.mesh.expert_ranks]]
 
     def foresee(self, foresight: list[Any]) -> None:
         """Go on from `foresight`; one of another layout is forgotten, and changes nothing that is learned."""
-        if self.planner is not None:
-            self.planner.resume(foresight)
+        group = self.mesh.rank // self.mesh.expert_ranks
+        if self.planner is not None and group < len(foresight):
+            self.planner.resume(foresight[group])
 
     @torch.no_grad()
     def evaluate(self, batch: Any, step: int) -> Evaluated:
