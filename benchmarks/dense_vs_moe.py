@@ -29,7 +29,7 @@ def command(kind: str, rate: float, seed: int, folder: Path, steps: int) -> list
     return [
         *(sys.executable, "-m", "moe", "train", "configs/debug.yaml"),
         *(f"run.folder={folder}", f"train.steps={steps}", f"train.seed={seed}", f"optimizer.lr={rate}", "parallel.ranks=1"),
-        *(f"evaluate.every={steps}", f"checkpoint.every={steps}", "evaluate.sequences=512", "evaluate.sample_tokens=0", "log.every=50"),
+        *(f"evaluate.every={steps}", f"checkpoint.every={steps}", "evaluate.sequences=512", "evaluate.sample_tokens=1", "log.every=50"),
         *model,
     ]
 
