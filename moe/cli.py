@@ -76,7 +76,7 @@ def train(
     recipe = load(files, overrides)
     if nproc is None:
         run_rank(lambda: run(recipe))
-    recipe.parallel.check(nproc, recipe.train.batch, recipe.train.accumulate)
+    recipe.check_ranks(nproc)
     raise typer.Exit(launch([*files, *overrides], nproc, restarts=recipe.train.restarts))
 
 

@@ -121,6 +121,10 @@ class Recipe(Settings):
             idle |= dict.fromkeys(dense, "in a dense model (model.moe=null)")
         return idle
 
+    def check_ranks(self, world: int) -> None:
+        """Raise ConfigError if `world` ranks cannot run this recipe."""
+        self.parallel.check(world, self.train.batch, self.train.accumulate, self.model.moe.experts if self.model.moe else 0)
+
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Recipe:
         refuse_idle(self)

@@ -164,3 +164,12 @@ def test_replicas_divide_the_ranks():
     Layout(replicas=2).check(4, batch=4, accumulate=1)
     with pytest.raises(ConfigError, match=r"parallel.replicas=3 does not divide 4 ranks; choose parallel.replicas from 1, 2, 4"):
         Layout(replicas=3).check(4, batch=4, accumulate=1)
+
+
+def test_expert_ranks_that_do_not_fit_name_those_that_share_out_the_experts_too():
+    with pytest.raises(ConfigError, match=r"=2 does not divide 3 ranks; choose parallel.expert_ranks from 1$"):
+        Layout(expert_ranks=2).check(3, batch=3, accumulate=1, experts=8)
+    with pytest.raises(ConfigError, match=r"=2 does not divide 1 rank; choose parallel.expert_ranks from 1, or start with --nproc 2$"):
+        Layout(expert_ranks=2).check(1, batch=4, accumulate=1, experts=8)
+    with pytest.raises(ConfigError, match=r"=4 does not divide 2 ranks of a replica; choose .* from 1, 2, or start with --nproc 8$"):
+        Layout(expert_ranks=4, replicas=2).check(4, batch=4, accumulate=1, experts=8)

@@ -165,7 +165,9 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
 def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """Buffers of one size for all ranks, which hold as many tokens each; free places count as dropped rows."""
     if routing.fan_out is None:
-        raise ConfigError("parallel.exchange=fixed needs a router that gives every token as many experts; choose rows or tokens")
+        raise ConfigError(
+            "parallel.exchange=fixed needs a router that gives every token as many experts; choose parallel.exchange=rows or tokens"
+        )
     order, position, counts = by_key
     room = max(1, int(to.room * len(order) / to.ranks + 0.999))
     loads = counts.view(to.ranks, to.width).sum(1)

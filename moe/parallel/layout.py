@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -52,23 +53,23 @@ class Layout(Settings):
 
     @model_validator(mode="after")
     def _groups_divide_ranks(self) -> Layout:
-        if self.ranks is not None and self.ranks % self.replicas:
-            raise wrong("replicas", _unequal("replicas", self.replicas, self.ranks))
-        if self.ranks is not None and self.ranks // self.replicas % self.expert_ranks:
-            raise wrong("expert_ranks", _unequal("expert_ranks", self.expert_ranks, self.ranks // self.replicas))
+        if self.ranks is not None and (unequal := self._unequal(self.ranks)):
+            raise wrong(*unequal)
         return self
 
-    def check(self, world: int, batch: int, accumulate: int) -> None:
-        """Raise ConfigError if `world` ranks cannot be used so, or cannot share `batch` sequences in `accumulate` micro-batches."""
+    def check(self, world: int, batch: int, accumulate: int, experts: int = 0) -> None:
+        """Raise ConfigError if `world` ranks cannot be used so, or cannot share `batch` sequences in `accumulate` micro-batches.
+
+        experts: of a layer, to name only numbers of expert ranks that share them out; 0 for any number.
+        """
         if self.ranks is not None and world != self.ranks:
             started = "1 process was" if world == 1 else f"{world} processes were"
             raise ConfigError(
                 f"parallel.ranks={self.ranks} but {started} started; start with --nproc {self.ranks} or set parallel.ranks={world}"
             )
-        if world % self.replicas:
-            raise ConfigError(_unequal("replicas", self.replicas, world))
-        if world // self.replicas % self.expert_ranks:
-            raise ConfigError(_unequal("expert_ranks", self.expert_ranks, world // self.replicas))
+        if unequal := self._unequal(world, experts):
+            enough = self.replicas * self.expert_ranks
+            raise ConfigError(unequal[1] + (f", or start with --nproc {enough}" if world < enough else ""))
         parts = world * accumulate
         if batch % parts:
             below, above = batch // parts * parts, (batch // parts + 1) * parts
@@ -79,10 +80,18 @@ class Layout(Settings):
                 f"choose train.batch={fitting}, or a number of ranks from {ranks or 'none, unless train.accumulate divides train.batch'}"
             )
 
-
-def _unequal(name: str, value: int, ranks: int) -> str:
-    fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-    return f"parallel.{name}={value} does not divide {_count(ranks, 'rank')}; choose parallel.{name} from {fitting}"
+    def _unequal(self, world: int, experts: int = 0) -> tuple[str, str] | None:
+        """The setting that does not divide `world` ranks, and what to type instead; None if all do."""
+        each = world // self.replicas
+        if world % self.replicas:
+            name, value, of, fit = "replicas", self.replicas, _count(world, "rank"), world
+        elif each % self.expert_ranks:
+            of = _count(each, "rank") + (" of a replica" if self.replicas > 1 else "")
+            name, value, fit = "expert_ranks", self.expert_ranks, math.gcd(each, experts)
+        else:
+            return None
+        fitting = ", ".join(str(n) for n in range(1, fit + 1) if fit % n == 0)
+        return name, f"parallel.{name}={value} does not divide {of}; choose parallel.{name} from {fitting}"
 
 
 def _count(number: int, word: str) -> str:

@@ -128,7 +128,7 @@ def join(recipe: Recipe) -> Mesh:
         raise ConfigError(f"model.moe.backend={backend}: {reason}; use model.moe.backend=auto")
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    recipe.parallel.check(mesh.world, recipe.train.batch, recipe.train.accumulate)
+    recipe.check_ranks(mesh.world)
     check_agreement(mesh, {key: repr(value) for key, value in flatten(recipe.model_dump()).items()})
     share_table(mesh)
     return mesh

@@ -47,7 +47,7 @@ def shape_of(recipe: Recipe, ranks: int | None) -> Shape:
     moe, ranks = recipe.model.moe, ranks or recipe.parallel.ranks or 1
     if moe is None:
         raise ConfigError("the recipe's model is dense (model.moe=null), and only experts have kernels to tune")
-    recipe.parallel.check(ranks, recipe.train.batch, recipe.train.accumulate)
+    recipe.check_ranks(ranks)
     with torch.device("meta"):
         k = getattr(build(moe.router, recipe.model.d_model, moe.experts), "k", None)
     if not isinstance(k, int):

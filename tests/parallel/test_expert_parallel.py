@@ -147,7 +147,7 @@ def refused(rank, world):
 
 
 def test_fixed_buffers_refuse_routers_whose_tokens_differ_in_their_number_of_experts():
-    assert "choose rows or tokens" in run_ranks(1, refused)[0]
+    assert "choose parallel.exchange=rows or tokens" in run_ranks(1, refused)[0]
 
 
 def volumes(rank, world, how):
