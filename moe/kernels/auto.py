@@ -80,6 +80,8 @@ def no_triton(machine: Machine) -> str | None:
 def describe(backend: str, machine: Machine, dtype: torch.dtype, d: int, f: int, experts: int, k: int | None) -> str:
     """The line with which a run says what multiplies its experts, of which shapes, and why."""
     name, reason = choose(machine, dtype, d, f) if backend == "auto" else Choice(backend, "the recipe asks for it")
+    if backend == "triton" and (dtype == torch.float64 or d % STEP or f % STEP):
+        reason += f", but its kernels lack float64 and widths that are not multiples of {STEP}: torch's grouped products stand in"
     taken = "" if k is None else f", {k} a token"
     return f"experts by backend {name}: {experts} of {d} x {f}{taken}, {_word(dtype)}; {reason}"
 

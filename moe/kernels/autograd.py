@@ -84,7 +84,7 @@ def _forward(
 
 @_forward.register_fake
 def _(module, x, index, slots, weight, counts, up, down, activation, keep):
-    return torch.empty_like(x), x.new_empty(index.shape[0] if keep else 0, up.shape[1] * up.shape[2])
+    return x.new_empty(x.shape), x.new_empty(index.shape[0] if keep else 0, up.shape[1] * up.shape[2])
 
 
 @torch.library.custom_op("moe::expert_mlp_backward", mutates_args=())

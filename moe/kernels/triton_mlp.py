@@ -1,7 +1,7 @@
 """Triton's experts: which kernels run on which tiles, and what is refused before one does.
 
 Nothing here waits for the device, so a step can be captured as a CUDA graph. Hence the values of index, slots and counts are
-trusted on a GPU: counts that sum to more rows than there are read memory that is not theirs. On a CPU their sum is checked.
+trusted on a GPU: counts that sum to more rows than there are read memory that is not theirs. On a CPU counts are checked.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def backward(
     grad_down: Tensor | None = None,
 ) -> autograd.Gradients:
     """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    if scale is not None and (scale.shape != index.shape or scale.device != x.device):
+        given = f"gradient_scale {list(scale.shape)} on {scale.device} does not fit {len(index)} rows on {x.device}"
+        raise ConfigError(f"{given}; give one factor for each row, on their device")
     if not _fits(x, weight, down):
         return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
     grad, x, index, weight, counts = (t.contiguous() for t in (grad, x, index, weight, counts))
@@ -123,11 +126,15 @@ def _check(
         raise ConfigError(f"{len(weight)} weights do not fit {len(index)} rows; give one weight for each row")
     if not x.dtype == up.dtype == down.dtype:
         raise ConfigError(f"x is {x.dtype}, up {up.dtype} and down {down.dtype}; convert them to one dtype")
+    if slots is not None and (slots.dim() != 2 or len(slots) != len(x)):
+        raise ConfigError(f"slots {list(slots.shape)} do not fit x {list(x.shape)}; give slots [m, k], a row for each vector")
     devices = {str(t.device) for t in (x, index, slots, weight, counts, up, down) if t is not None}
     if len(devices) > 1:
         raise ConfigError(f"the rows and weights lie on {' and '.join(sorted(devices))}; move them to one device")
     for name, stack in (("up", up), ("down", down)):
         if not stack[0].is_contiguous():
             raise ConfigError(f"{name} has strides {stack.stride()}; make all of its dimensions but the first contiguous")
+    if counts.device.type == "cpu" and (counts < 0).any():
+        raise ConfigError(f"counts has {int(counts.min())}; give each expert the number of its rows, at least 0")
     if counts.device.type == "cpu" and int(counts.sum()) > len(index):
         raise ConfigError(f"counts sum to {int(counts.sum())}, more than the {len(index)} rows; give each expert the rows that it has")

@@ -55,6 +55,8 @@ def test_auto_computes_with_what_the_rule_names(monkeypatch):
 def test_the_line_of_a_run_names_backend_shapes_and_reason():
     line = describe("auto", H100, BF16, 2048, 1024, 64, 8)
     assert line == "experts by backend triton: 64 of 2048 x 1024, 8 a token, bfloat16; bfloat16 on a GPU with Triton"
+    line = describe("triton", H100, BF16, 24, 16, 4, None)
+    assert line.endswith("widths that are not multiples of 16: torch's grouped products stand in")
     line = describe("reference", Machine("cpu"), torch.float32, 32, 16, 4, None)
     assert line == "experts by backend reference: 4 of 32 x 16, float32; the recipe asks for it"
 

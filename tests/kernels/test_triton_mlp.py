@@ -253,15 +253,23 @@ def test_what_the_kernels_lack_is_computed_by_grouped_products(how, monkeypatch)
         (lambda r, w: (r, ExpertWeights(w.up[:, :, :16], w.down)), r"up \[3, 2, 16, 48\], .* do not fit; give up"),
         (lambda r, w: (r._replace(counts=r.counts[:2]), w), r"counts \[2\] do not fit"),
         (lambda r, w: (r._replace(weight=r.weight[:5]), w), "5 weights do not fit 7 rows"),
+        (lambda r, w: (r._replace(slots=r.index[None, :]), w), r"slots \[1, 7\] do not fit x \[4, 48\]; give slots \[m, k\]"),
+        (lambda r, w: (r._replace(counts=r.counts - 1), w), "counts has -1; give each expert the number of its rows"),
         (lambda r, w: (r._replace(counts=r.counts + 1), w), "counts sum to 10, more than the 7 rows"),
     ],
 )
 def test_what_cannot_be_multiplied_is_refused_in_one_sentence(change, sentence):
     rows, weights = case([3, 0, 4])
-    if "counts sum" in sentence and DEVICE == "cuda":
+    if ("counts sum" in sentence or "counts has" in sentence) and DEVICE == "cuda":
         pytest.skip("reading counts would wait for the GPU")
     with pytest.raises(ConfigError, match=sentence):
         triton_mlp.grouped_mlp(*change(rows, weights), "silu")
+
+
+def test_a_gradient_scale_that_does_not_fit_the_rows_is_refused():
+    rows, weights = case([3, 0, 4], scaled=True)
+    with pytest.raises(ConfigError, match=r"gradient_scale \[5\] on .* does not fit 7 rows on"):
+        results(triton_mlp.grouped_mlp, rows._replace(gradient_scale=rows.gradient_scale[:5]), weights)
 
 
 def test_an_unknown_activation_is_refused():
@@ -292,6 +300,8 @@ def test_the_custom_operators_do_what_they_declare(k):
     x, weight, up, down = (t.detach() for t in (rows.x, rows.weight, *weights[:2]))
     given = triton_mlp.__name__, x, rows.index, rows.slots, weight, rows.counts, up, down, "silu"
     torch.library.opcheck(torch.ops.moe.expert_mlp.default, (*given, True))
+    turned = given[0], x.T.contiguous().T, *given[2:]
+    torch.library.opcheck(torch.ops.moe.expert_mlp.default, (*turned, True), test_utils="test_faketensor")
     y, hidden = torch.ops.moe.expert_mlp(*given, True)
     back = triton_mlp.__name__, y, hidden, x, rows.index, rows.slots, weight, None, rows.counts, up, down, "silu"
     torch.library.opcheck(torch.ops.moe.expert_mlp_backward.default, back)
