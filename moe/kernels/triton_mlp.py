@@ -118,7 +118,7 @@ def _check(
         raise ConfigError("there are 0 experts; give weights of at least one")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation {activation!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
-    experts, d, f = down.shape
+    experts, d, f = down.shape if down.dim() == 3 else (-1, -1, -1)
     if up.shape not in ((experts, 1, f, d), (experts, 2, f, d)) or x.shape[1:] != (d,) or counts.shape != (experts,):
         shapes = f"up {list(up.shape)}, down {list(down.shape)}, x {list(x.shape)} and counts {list(counts.shape)}"
         raise ConfigError(f"{shapes} do not fit; give up [E, 1 or 2, f, d], down [E, d, f], x [m, d] and counts [E]")

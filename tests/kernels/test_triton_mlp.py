@@ -251,6 +251,7 @@ def test_what_the_kernels_lack_is_computed_by_grouped_products(how, monkeypatch)
         (lambda r, w: (r, ExpertWeights(w.up.to("meta"), w.down)), "lie on .* and meta; move them to one device"),
         (lambda r, w: (r, ExpertWeights(w.up, w.down.mT.contiguous().mT)), r"down has strides \(.*\); make all of its dimensions but"),
         (lambda r, w: (r, ExpertWeights(w.up[:, :, :16], w.down)), r"up \[3, 2, 16, 48\], .* do not fit; give up"),
+        (lambda r, w: (r, ExpertWeights(w.up, w.down[0])), r"down \[48, 48\], .* do not fit; give up"),
         (lambda r, w: (r._replace(counts=r.counts[:2]), w), r"counts \[2\] do not fit"),
         (lambda r, w: (r._replace(weight=r.weight[:5]), w), "5 weights do not fit 7 rows"),
         (lambda r, w: (r._replace(slots=r.index[None, :]), w), r"slots \[1, 7\] do not fit x \[4, 48\]; give slots \[m, k\]"),
