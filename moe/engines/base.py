@@ -159,23 +159,22 @@ class Engine(ABC):
 
     def _fitting(self, run: Callable[[], Any]) -> Any:
         """What `run` returns, run again without fixed buffers if on any rank they were too small for its tokens."""
-        result = run()
-        if not self.dispatchers or self.dispatchers[0].how != "fixed":
-            return result
-        seen = [d.overflowed for d in self.dispatchers if d.overflowed is not None]
+        fixed = [dispatcher for dispatcher in self.dispatchers if dispatcher.how == "fixed"]
+        if not fixed:
+            return run()
+        try:
+            for dispatcher in fixed:
+                dispatcher.exact = False
+            result = run()
+        finally:
+            for dispatcher in fixed:
+                dispatcher.exact = True
+        seen = [d.overflowed for d in fixed if d.overflowed is not None]
         overflowed = sum_ranks(torch.stack(seen).sum()[None]) if seen else torch.zeros(1)
-        for dispatcher in self.dispatchers:
+        for dispatcher in fixed:
             dispatcher.overflowed = None
             dispatcher.check()
-        if not overflowed.item():
-            return result
-        try:
-            for dispatcher in self.dispatchers:
-                dispatcher.exact = True
-            return run()
-        finally:
-            for dispatcher in self.dispatchers:
-                dispatcher.exact = False
+        return run() if overflowed.item() else result
 
     def foresight(self) -> list[Any]:
         """What the next placements of experts follow from beside the canonical state, of each group of expert ranks, as JSON.

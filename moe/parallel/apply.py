@@ -70,6 +70,7 @@ def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> Non
     group = grid.get_group("expert")
     here = len(held(grid, layer.num_experts))
     layer.dispatcher = AllToAll(number, layer.num_experts, group, how=mesh.exchange, room=mesh.exchange_room, device=mesh.device)
+    layer.dispatcher.exact = True  # but where an engine looks for what found no room
     layer.gather_summary = partial(gather_ranks, group=group)
     for name, p in list(layer.experts.named_parameters()):
         if len(p) == layer.num_experts:  # not yet: layers may share their experts

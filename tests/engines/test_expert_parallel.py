@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from moe.checkpoint.store import Store
 from moe.errors import ConfigError
 from tests.engines.test_reading_routers import AVG_K, Sparsest, built
-from tests.engines.tiny_job import VOCAB, batch, difference, engine, mesh, train
+from tests.engines.tiny_job import POSITIONS, VOCAB, apart, batch, difference, engine, mesh, train
 from tests.routers.test_contract import CASES
 from tests.workers import run_ranks
 
@@ -134,6 +135,18 @@ def test_a_step_that_does_not_fit_its_buffers_is_run_again_exactly():
     (tight, loss), (roomy, expected) = (run_ranks(2, overflowing, room)[0] for room in (0.3, 2.0))
     assert difference(tight, roomy) < 1e-12
     assert abs(loss / expected - 1) < 1e-12
+
+
+def predicted(rank, world, options):
+    job = engine(**options)
+    with torch.no_grad():
+        return job.model.predict(batch(0).ids, last=POSITIONS)
+
+
+def test_what_is_predicted_outside_of_steps_loses_nothing_to_small_buffers():
+    alone = run_ranks(1, predicted, {})[0]
+    for found in run_ranks(2, predicted, {"expert_ranks": 2, "exchange": "fixed", "room": 0.3}):
+        assert apart(found, alone) < 1e-12
 
 
 def narrow(rank, world):
