@@ -18,7 +18,8 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,7 +200,7 @@ def _parse(folder: Path, body: dict[str, Any], digest: str) -> Manifest:
 def _stored(folder: Path, name: str, entry: dict[str, Any], files: list[File]) -> Stored:
     shape = tuple(_count(n) for n in entry["shape"])
     width = _DTYPES[entry["dtype"]].itemsize
-    chunks, volume = [], 0
+    chunks = []
     for offsets, sizes, file, first, length in entry["chunks"]:
         chunk = Chunk(tuple(map(_count, offsets)), tuple(map(_count, sizes)), _count(file), _count(first), _count(length))
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -211,11 +212,36 @@ def _stored(folder: Path, name: str, entry: dict[str, Any], files: list[File]) -
             )
         if math.prod(chunk.sizes) * width > length:
             raise Damaged(f"{folder} holds a chunk of {name} of shape {list(chunk.sizes)} in only {length} bytes")
-        volume += math.prod(chunk.sizes)
         chunks.append(chunk)
-    if volume != math.prod(shape):
-        raise Damaged(f"{folder} holds {volume} of the {math.prod(shape)} elements of {name}")
+    if wrong := incomplete(name, shape, chunks):
+        raise Damaged(f"{folder} holds {wrong}")
     return Stored(entry["dtype"], shape, chunks)
+
+
+def incomplete(name: str, shape: Sequence[int], chunks: Sequence[Chunk]) -> str | None:
+    """What of a tensor its chunks hold, in words, unless it is every element once; the first expert concerned is named."""
+    volume, total = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
+    at = _not_once(tuple(shape), [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    if at is None and volume == total:
+        return None
+    place, times = at or ((), 0)
+    what = f"expert {place[0]}" if ".experts." in name and place else f"index {list(place)}"
+    return f"{volume} of the {total} elements of {name}: {what} is {'missing' if times == 0 else f'there {times} times'}"
+
+
+def _not_once(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tuple[int, ...], int] | None:
+    """The first place that boxes of (offsets, sizes) do not cover exactly once, and how often they do."""
+    if not shape:
+        return None if len(boxes) == 1 else ((), len(boxes))
+    edges = sorted({0, shape[0]} | {edge for offsets, sizes in boxes for edge in (offsets[0], offsets[0] + sizes[0])})
+    inside: list[list[Any]] = [[] for _ in edges[1:]]
+    for offsets, sizes in boxes:
+        for part in range(bisect_left(edges, offsets[0]), bisect_left(edges, offsets[0] + sizes[0])):
+            inside[part].append((offsets[1:], sizes[1:]))
+    for low, within in zip(edges, inside, strict=False):
+        if (found := _not_once(shape[1:], within)) is not None:
+            return (low, *found[0]), found[1]
+    return None
 
 
 def _count(value: Any) -> int:

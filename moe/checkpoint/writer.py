@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.tensor import DTensor
 
 from moe import faults
-from moe.checkpoint.manifest import Chunk, File, Stored, describe
+from moe.checkpoint.manifest import Chunk, File, Stored, describe, incomplete
 from moe.errors import CheckpointError
 
 
@@ -108,8 +107,8 @@ def stored(metadata: Metadata, state: Mapping[str, Tensor], files: list[File]) -
         for box in boxes:
             place = metadata.storage_data[MetadataIndex(name, box.offsets)]
             chunks.append(Chunk(tuple(box.offsets), tuple(box.sizes), number[place.relative_path], place.offset, place.length))
-        if (volume := sum(math.prod(chunk.sizes) for chunk in chunks)) != math.prod(shape):
-            raise CheckpointError(f"the ranks hold {volume} of the {math.prod(shape)} elements of {name}")
+        if wrong := incomplete(name, shape, chunks):
+            raise CheckpointError(f"the ranks hold {wrong}")
         table[name] = Stored(dtype, shape, chunks)
     return table
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.checkpoint.manifest import _digest, read_manifest
+from moe.checkpoint.manifest import Chunk, _digest, incomplete, read_manifest
 from moe.checkpoint.store import Store
 from moe.checkpoint.weights import load_weights
 from moe.errors import CheckpointError
@@ -200,3 +200,22 @@ def test_the_payload_used_here_does_run_where_it_is_unpickled(checkpoint, tmp_pa
     script = f"import pickle; pickle.load(open({str(checkpoint / '.metadata')!r}, 'rb'))"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
     assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "wrong"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (2, 3))], None),
+        ([((0, 0), (4, 2)), ((0, 2), (4, 1))], None),
+        ([((0, 0), (2, 3)), ((3, 0), (1, 3))], "expert 2 is missing"),
+        ([((0, 0), (2, 3)), ((1, 0), (2, 3))], "expert 1 is there 2 times"),  # as many elements as there should be
+        ([((0, 0), (4, 2)), ((0, 1), (4, 1))], "expert 0 is there 2 times"),
+        ([], "expert 0 is missing"),
+    ],
+)
+def test_experts_that_are_missing_or_there_twice_are_named(chunks, wrong):
+    found = incomplete("model.layers.0.moe.experts.up", (4, 3), [Chunk(offsets, sizes, 0, 0, 0) for offsets, sizes in chunks])
+    assert (found is None) == (wrong is None)
+    assert wrong is None or found.endswith(wrong)
+    assert incomplete("optimizer.step", (), [Chunk((), (), 0, 0, 0)]) is None
+    assert incomplete("empty", (0, 3), []) is None
