@@ -101,7 +101,7 @@ def layers(mesh: Mesh) -> dict[str, Callable[[], object]]:
         return run
 
     runs: dict[str, Callable[[], object]] = {}
-    for how in ("rows", "tokens", "fixed"):
+    for how in ("rows", "tokens"):
         layer = MoELayer(LAYER["d_model"], experts=LAYER["experts"], d_expert=LAYER["d_expert"], router={"name": "top_k", "k": 2})
         if mesh.world > 1:
             grid = replace(mesh, expert_ranks=mesh.world).experts()
