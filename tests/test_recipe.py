@@ -173,3 +173,12 @@ def test_expert_ranks_that_do_not_fit_name_those_that_share_out_the_experts_too(
         Layout(expert_ranks=2).check(1, batch=4, accumulate=1, experts=8)
     with pytest.raises(ConfigError, match=r"=4 does not divide 2 ranks of a replica; choose .* from 1, 2, or start with --nproc 8$"):
         Layout(expert_ranks=4, replicas=2).check(4, batch=4, accumulate=1, experts=8)
+
+
+def test_ranks_on_a_machine_divide_the_ranks():
+    layout = Layout(expert_ranks=2, copies={"policy": "hecate"}, machine_ranks=3)
+    with pytest.raises(
+        ConfigError, match=r"parallel.machine_ranks=3 does not divide 2 ranks; choose parallel.machine_ranks from 1, 2, or leave"
+    ):
+        layout.check(2, batch=4, accumulate=1)
+    layout.check(6, batch=6, accumulate=1)

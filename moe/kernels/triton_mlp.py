@@ -21,6 +21,7 @@ from moe.kernels.triton_tiles import INTERPRETED, Tiles, tiles
 from moe.shapes import Float
 
 _STEP = 16  # widths that are multiples of it let the compiler prove that loads are aligned, without which none is asynchronous
+_ADDRESSABLE = 2**31  # elements of one expert's matrices: places inside an expert are 32-bit, experts and rows begin at 64-bit ones
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,7 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Each vector's sum of weighted outputs, and the pre-activations in expert order if they are to be kept."""
     _check(x, index, slots, weight, counts, up, down, activation)
-    if not _fits(x, weight, down):
+    if not _fits(x, weight, up, down):
         return grouped.forward(x, index, slots, weight, counts, up, down, activation, keep)
     x, index, weight, counts = (t.contiguous() for t in (x, index, weight, counts))
     cut, config = _tiles(counts, len(index)), _configs(x, index, down)
@@ -73,7 +74,7 @@ def backward(
     if scale is not None and (scale.shape != index.shape or scale.device != x.device):
         given = f"gradient_scale {list(scale.shape)} on {scale.device} does not fit {len(index)} rows on {x.device}"
         raise ConfigError(f"{given}; give one factor for each row, on their device")
-    if not _fits(x, weight, down):
+    if not _fits(x, weight, up, down):
         return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
     grad, x, index, weight, counts = (t.contiguous() for t in (grad, x, index, weight, counts))
     scale = None if scale is None else scale.contiguous()
@@ -95,9 +96,11 @@ def backward(
     return autograd.Gradients(grad_x, of.weight, into_up, into_down)
 
 
-def _fits(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+def _fits(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> bool:
     runs = x.device.type == "cuda" or INTERPRETED
-    return runs and x.dtype in _DTYPES and weight.dtype == torch.float32 and not any(size % _STEP for size in down.shape[1:])
+    uneven = any(size % _STEP for size in down.shape[1:])
+    small = up.shape[1:].numel() < _ADDRESSABLE
+    return runs and x.dtype in _DTYPES and weight.dtype == torch.float32 and not uneven and small
 
 
 def _tiles(counts: Tensor, rows: int) -> Callable[[int], Tiles]:

@@ -23,10 +23,8 @@ class Copies(Settings):
     relay: bool = True  # over the network once to each machine, and on from there
 
     def idle(self) -> dict[str, str]:
-        others = dict.fromkeys((name for name in type(self).model_fields if name != "policy"), "with parallel.copies.policy=even")
-        return (
-            others if self.policy == "even" else {} if self.policy == "hecate" else {"hidden": f"with parallel.copies.policy={self.policy}"}
-        )
+        others = [name for name in type(self).model_fields if name != "policy"]
+        return dict.fromkeys(others, "with parallel.copies.policy=even") if self.policy == "even" else {}
 
 
 class Layout(Settings):
@@ -70,6 +68,12 @@ class Layout(Settings):
         if unequal := self._unequal(world, experts):
             enough = self.replicas * self.expert_ranks
             raise ConfigError(unequal[1] + (f", or start with --nproc {enough}" if world < enough else ""))
+        if self.machine_ranks is not None and world % self.machine_ranks:
+            fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+            raise ConfigError(
+                f"parallel.machine_ranks={self.machine_ranks} does not divide {_count(world, 'rank')}; "
+                f"choose parallel.machine_ranks from {fitting}, or leave it out"
+            )
         parts = world * accumulate
         if batch % parts:
             below, above = batch // parts * parts, (batch // parts + 1) * parts

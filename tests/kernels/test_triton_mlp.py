@@ -322,3 +322,10 @@ def test_a_whole_layer_trains_as_the_reference_does(router, monkeypatch):
         outcomes.append([y, given.grad, *(p.grad for p in each.parameters())])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+def test_an_expert_beyond_32_bit_places_is_left_to_grouped_products():
+    x, weight = torch.empty(2, 16384, device="meta"), torch.empty(2, device="meta")
+    for width, fits in ((65536, False), (65520, True)):  # the wider one's matrices have 2^31 elements
+        up, down = (torch.empty(1, *shape, device="meta") for shape in ((2, width, 16384), (16384, width)))
+        assert triton_mlp._fits(x, weight, up, down) == fits
