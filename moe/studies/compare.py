@@ -93,15 +93,13 @@ class Fits(NamedTuple):
 
 
 def columns(rows: Sequence[Row]) -> tuple[list[Row], Points, Column]:
-    """The runs that are fitted, and their columns. A law's number of experts is how many there are for each one that a token meets."""
+    """The runs that are fitted, and their columns."""
     fitted = [row for row in rows if row.status == "done" and row.tuned]
     routers = [row.axes.get("router") for row in fitted if row.experts > 1]
     if routers:  # of several routers the most used; the others are compared with it, not fitted
         most = max(sorted(set(routers), key=str), key=routers.count)
         fitted = [row for row in fitted if row.experts == 1 or row.axes.get("router") == most]
-    x, loss = points(fitted)
-    x = {**x, "experts": 1 / (1 - x["sparsity"]), "flops": np.array([row.flops for row in fitted], float)}
-    return fitted, x, loss
+    return fitted, *points(fitted)
 
 
 def noise_of(rows: Sequence[Row]) -> Noise:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 from rich.table import Table
 
 from moe.errors import ConfigError, DataError
@@ -12,7 +9,8 @@ from moe.studies import LAWS
 from moe.studies.fit import Identified, identify
 from moe.studies.form import Aim
 from moe.studies.grid import Run
-from moe.studies.laws import Law, Points
+from moe.studies.laws import Law
+from moe.studies.rows import columns
 from moe.tables import entry
 
 _DRAWS = 12
@@ -22,10 +20,10 @@ def judge(aim: Aim, runs: list[Run]) -> tuple[Identified | None, str | None]:
     """What these runs would teach of the law of a study's aim, and, if that is too little, why the study should not start."""
     law: Law = entry(LAWS, aim.law, "law")
     values = _values(aim, law)
-    design = _columns([run.facts() for run in runs if run.axes["lr_factor"] == 1])
-    wanted = {name: column.copy() for name, column in design.items()}
+    design = columns([run.facts() for run in runs if run.axes["lr_factor"] == 1])
+    wanted = dict(design)
     for name in ("total", "active", "base", "average", "tokens"):
-        wanted[name] *= aim.further
+        wanted[name] = wanted[name] * aim.further
     most = (design["tokens"] == design["tokens"].max()) & (design["base"] == design["base"].max())
     wanted = {name: column[most] for name, column in wanted.items()}
     try:
@@ -43,11 +41,6 @@ def _values(aim: Aim, law: Law) -> dict[str, float]:
     if wrong := names ^ values.keys():
         raise ConfigError(f"aim.values does not suit the law {law.name}: {min(wrong)} is {'missing' if min(wrong) in names else 'unknown'}")
     return values
-
-
-def _columns(facts: list[dict[str, Any]]) -> Points:
-    names = ("total", "active", "base", "average", "tokens", "experts", "granularity", "sparsity")
-    return {name: np.array([fact[name] for fact in facts], float) for name in names}
 
 
 def table(aim: Aim, found: Identified | None, sentence: str | None) -> Table:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -133,6 +133,11 @@ def check_unedited(folder: Path) -> None:
 def points(rows: Sequence[Row]) -> tuple[Points, Column]:
     """Columns as the laws name them, and losses, of the runs that are done at the rule's learning rate."""
     done = [row for row in rows if row.status == "done" and row.tuned]
-    names = ("total", "active", "base", "average", "tokens", "experts", "granularity", "sparsity")
-    columns = {name: np.array([getattr(row, name) for row in done], float) for name in names}
-    return columns, np.array([row.loss for row in done], float)
+    return columns([row._asdict() for row in done]), np.array([row.loss for row in done], float)
+
+
+def columns(facts: Sequence[Mapping[str, Any]]) -> Points:
+    """Columns as the laws name them, of runs that may not have begun. A law counts experts for each one that a token meets."""
+    names = ("total", "active", "base", "average", "tokens", "granularity", "sparsity", "flops")
+    found = {name: np.array([fact[name] for fact in facts], float) for name in names}
+    return {**found, "experts": 1 / (1 - found["sparsity"])}
