@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -151,3 +154,19 @@ def test_the_joint_law_is_found_in_the_table_of_its_paper():
         many = np.log(saturated(np.array([float(number)]), found.values["e_start"], found.values["e_max"]))[0]
         assert -(found.values["alpha"] + found.values["gamma"] * many) == pytest.approx(mu, abs=0.005)
         assert -(found.values["beta"] + found.values["zeta"] * many) == pytest.approx(nu, abs=0.005)
+
+
+@pytest.mark.parametrize("router", CLARK.published)
+def test_the_routed_law_is_found_in_the_runs_of_its_paper(router):
+    lines = (Path(__file__).parent / "routed.csv").read_text().splitlines()
+    rows = [row for row in csv.DictReader(line for line in lines if line[0] != "#") if row["router"] in ("dense", router)]
+    base, experts, loss = (np.array([float(row[column]) for row in rows]) for column in ("base", "experts", "loss"))
+    x, paper = {"base": base, "experts": experts}, CLARK.published[router]
+    found, theirs = fit(CLARK, x, loss), np.log10(loss / CLARK.loss(paper, x))
+    assert np.sqrt(np.mean(np.square(found.residuals / np.log(10)))) < min(0.0035, np.sqrt(np.mean(theirs**2)))
+    assert found.at_bounds == []
+    for name, near in {"a": 0.04, "b": 0.2, "c": 0.25, "d": 0.03}.items():
+        assert found.values[name] == pytest.approx(paper[name], rel=near)
+    small = base < base.max()
+    without = fit(CLARK, {name: column[small] for name, column in x.items()}, loss[small])
+    assert without.loss({name: column[~small] for name, column in x.items()}) == pytest.approx(loss[~small], rel=0.03)  # 3.6 times larger

@@ -112,7 +112,8 @@ def test_a_run_is_known_by_what_it_learns_from_and_a_trunk_at_any_length():
 
 
 def test_fits_see_the_runs_that_are_done_at_the_rate_of_the_rule(tmp_path):
-    rows = [row("a"), row("b", axes={"lr_factor": 2.0}), row("c", status="diverged", loss=None), row("d", experts=8, sparsity=0.75, loss=2.25)]
+    of_two = row("d", experts=8, sparsity=0.75, loss=2.25)
+    rows = [row("a"), row("b", axes={"lr_factor": 2.0}), row("c", status="diverged", loss=None), of_two]
     columns, loss = points(rows)
     assert loss.tolist() == [2.5, 2.25]
     assert columns["experts"].tolist() == [4, 4]  # for each one that a token meets: one of 4, two of 8
