@@ -102,18 +102,3 @@ def test_a_spoilt_fit_and_a_study_without_runs_are_refused(tmp_path):
         fits_of(folder)
     with pytest.raises(DataError, match="none of the study's 1 runs is done"):
         compare([row(64, 4, 2e6, status="failed", loss=None)])
-
-
-@pytest.mark.slow
-def test_500_runs_and_200_bootstraps_take_less_than_a_minute_of_two_cores():
-    import time
-
-    from moe.studies.compare import judge
-    from moe.studies.laws import LUDZIEJEWSKI
-
-    widths, tokens = tuple(range(64, 464, 16)), tuple(np.geomspace(2e6, 64e6, 4))
-    _, x, loss = columns(rows(widths=widths, tokens=tokens))
-    assert len(loss) >= 500
-    start = time.process_time()
-    judge(LUDZIEJEWSKI, x, loss, largest(x), draws=200)
-    assert time.process_time() - start < 120
