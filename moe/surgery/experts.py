@@ -23,7 +23,7 @@ from moe.surgery.check import load_ours
 from moe.surgery.convert import Made, active_of, export_job, ours_of, refuse_family
 from moe.surgery.job import Job, Source, Spec, Target, same
 from moe.surgery.resize import ROUTER_ROWS, Mapping
-from moe.surgery.source import TOKENIZER, open_source
+from moe.surgery.source import TOKENIZER, open_source, read_text
 from moe.surgery.state import Stateful, check_keeps, moments_of
 from moe.surgery.variants import MATRICES
 
@@ -221,10 +221,7 @@ def _by_outputs(source: Source, data: Path, to: int) -> Callable[[int], Mapping]
 
 def _batches(source: Source, data: Path) -> list[Tensor]:
     """A text's tokens in batches."""
-    try:
-        text = data.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{data} cannot be read as text ({error}); give a text file") from None
+    text = read_text(data)
     name = str(source.folder / TOKENIZER) if TOKENIZER in source.travels else source.tokenizer or "bytes"
     ids = torch.from_numpy(open_tokenizer(name).encode(text).astype("int64"))
     size = min(POSITIONS, source.config["context"])

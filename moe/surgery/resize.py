@@ -95,8 +95,10 @@ class Mapping:
 
 def keep(experts: Sequence[int], of: int) -> Mapping:
     """Those experts alone, in this order."""
-    if wrong := [e for e in experts if not 0 <= e < of] or [e for e in experts if experts.count(e) > 1]:
-        raise ConfigError(f"expert {wrong[0]} cannot be kept once of {of}; give different experts from 0 to {of - 1}")
+    if wrong := [e for e in experts if not 0 <= e < of]:
+        raise ConfigError(f"expert {wrong[0]} of {of} is none to keep; choose from 0 to {of - 1}")
+    if twice := [e for e in experts if experts.count(e) > 1]:
+        raise ConfigError(f"expert {twice[0]} is named {experts.count(twice[0])} times among those to keep; name it once")
     return Mapping(torch.eye(of, dtype=torch.float64)[list(experts)])
 
 

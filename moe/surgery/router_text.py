@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from moe.surgery.check import load_ours
 from moe.surgery.convert import ours_of
 from moe.surgery.job import Job, Source, Target
 from moe.surgery.routers import groups_of, hidden_states, mean_rows, text_rows
-from moe.surgery.source import TOKENIZER, open_source
+from moe.surgery.source import TOKENIZER, open_source, read_text
 
 ROWS, POSITIONS = 32, 128  # of a text that is looked at: enough for hundreds of experts, seconds for a model of billions
 
@@ -73,10 +72,7 @@ def plan(
 
 def _words(path: str, prompts: int | None) -> list[str]:
     """The text, whole or as so many paragraphs."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({error}); give a text file") from None
+    text = read_text(path)
     if prompts is None:
         return [text]
     found = [part for part in re.split(r"\n\s*\n", text) if part.strip()]

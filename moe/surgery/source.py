@@ -15,7 +15,7 @@ from moe.checkpoint.manifest import MANIFEST, Damaged, dtype_of, open_inside, re
 from moe.checkpoint.reader import read_tensor
 from moe.checkpoint.weights import MODEL, OPTIMIZER
 from moe.config import load
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, DataError
 from moe.surgery import shard
 from moe.surgery.job import Source, Spec
 
@@ -111,6 +111,16 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")
     return value
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a text file; DataError if it is none."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as text ({(error.strerror or 'no file').lower()}); give a text file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); give a text file") from None
 
 
 def resolve(folder: Path, name: str) -> Path:

@@ -192,7 +192,7 @@ def chosen_layers(text: str, layers: int) -> tuple[int, ...]:
         return tuple(variants.sparse_layers(layers, int(number)))
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers):
-        raise ConfigError(f"--layers {text} names no layers; write all, last_half, every:2, or numbers such as 0,2,4")
+        raise ConfigError(f"--layers {text!r} names no layers; write all, last_half, every:2, or numbers such as 0,2,4")
     chosen = tuple(sorted({int(number) for number in numbers}))
     if chosen[-1] >= layers:
         raise ConfigError(f"--layers {text} names layer {chosen[-1]} of a model of {layers}; choose from 0 to {layers - 1}")

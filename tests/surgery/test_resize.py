@@ -267,7 +267,7 @@ def test_clones_share_the_gradient_of_what_they_were_out_evenly():
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: keep([1, 1], 4), "expert 1 cannot be kept once of 4"),
+        (lambda: keep([1, 1], 4), "expert 1 is named 2 times among those to keep; name it once"),
         (lambda: keep([4], 4), "from 0 to 3"),
         (lambda: clone(8, 4), "choose at least 8, or merge"),
         (lambda: merged_like(torch.eye(4), 5), "from 1 to 4"),

@@ -71,5 +71,8 @@ def test_what_cannot_be_told_is_refused_before_anything_is_written(dense, prompt
     options = {"top_k": 2, "text": prompts, "parts": "prompts"}
     with pytest.raises(ConfigError, match="has 4 paragraphs for 3 rows"):
         router_text.plan(dense, experts=3, **options)
-    with pytest.raises(DataError, match="cannot be read as text"):
+    with pytest.raises(DataError, match=r"none cannot be read as text \(no such file or directory\); give a text file"):
         router_text.plan(dense, experts=4, **options | {"text": str(tmp_path / "none")})
+    (tmp_path / "bytes").write_bytes(b"ab\xff")
+    with pytest.raises(DataError, match=r"bytes is no UTF-8 text \(byte 2 is 0xff\)"):
+        router_text.plan(dense, experts=4, **options | {"text": str(tmp_path / "bytes")})
