@@ -25,11 +25,12 @@ import torch
 
 from benchmarks.curves import lines
 from benchmarks.report import RESULTS, write_report
-from benchmarks.upcycling_cell import RESULT, first_figures, speeds
+from benchmarks.upcycling_cell import RESULT, first_figures
 from moe.config import load
 from moe.data.tokenizer import Bytes
 from moe.model.cost import cost
 from moe.model.transformer import Transformer
+from moe.studies.speeds import speeds
 from moe.surgery import upcycle
 from moe.surgery.stream import Plan, write
 
@@ -175,9 +176,7 @@ def report(plans: Plans, before: list[dict[str, Any]], rows: list[dict[str, Any]
             alike.insert(0, statistics.mean(row["first"]["likeness"] for row in longest))
         line["likeness"] = " → ".join(f"{value:.3f}" for value in alike)
         table.append(line)
-    rates = speeds(
-        {arm: plans.folder(arm, plans.budgets[-1], plans.seeds[0]) for arm in ("continued dense", "copy", "virtual group G=4")}, 64
-    )
+    rates = speeds({arm: plans.folder(arm, plans.budgets[-1], plans.seeds[0]) for arm in ("continued dense", "copy", "virtual group G=4")})
     fast = "; ".join(f"{arm} {_rates(kinds)}" for arm, kinds in rates.items())
     notes = [
         f"Bits per byte on held-out files, mean and standard error of seeds {plans.seeds}; +b: after b times the dense model's FLOPs more.",

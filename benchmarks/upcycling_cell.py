@@ -21,17 +21,14 @@ from moe.checkpoint.weights import load_weights
 from moe.config import load
 from moe.data.corpus import open_corpus
 from moe.data.loader import Validation
-from moe.model.generate import generate
 from moe.model.transformer import Transformer
 from moe.surgery.resize import output_likeness
 from moe.surgery.routers import hidden_states
 from moe.train.loop import build_model, train
 from moe.train.metrics import read
-from moe.train.sample import open_model
 
 RESULT = "result.json"
 PROBE = 256  # tokens whose outputs are compared
-BATCHES = (1, 4, 16, 64)  # sequences that are written at once
 
 
 class Watch:
@@ -108,35 +105,6 @@ def run_cell(folder: Path, pieces: int, words: list[str]) -> dict[str, Any]:
     }
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def speeds(folders: dict[str, Path], tokens: int, rounds: int = 5) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of one thread, the models in turn: reading 8 sequences of 256, and writing one by one, 1 to 64 sequences at once."""
-    torch.set_num_threads(1)
-    models = {name: open_model(folder)[0] for name, folder in folders.items()}
-    found: dict[str, dict[str, list[float]]] = {
-        name: {kind: [] for kind in ("read", *(f"write {batch}" for batch in BATCHES))} for name in models
-    }
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            ids = torch.randint(256, (max(BATCHES), 256), generator=torch.Generator().manual_seed(number))
-            took = {"read": (8 * 256, _time(lambda model=model, ids=ids: model.predict(ids[:8])))}
-            for batch in BATCHES:
-                prompt = ids[:batch, :8]
-                took[f"write {batch}"] = (
-                    batch * tokens,
-                    _time(lambda model=model, prompt=prompt: generate(model, prompt, tokens, temperature=0)),
-                )
-            for kind, (count, seconds) in took.items() if number else ():  # the first round warms caches and the allocator
-                found[name][kind].append(count / seconds)
-    return found
-
-
-@torch.no_grad()
-def _time(call: Any) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from moe.checkpoint import shelf
 from moe.errors import ConfigError
+from moe.studies.begin import has_weights, remove
 from moe.studies.form import Means
 from moe.studies.grid import Run
 from moe.studies.job import Job, branch, reached, step_now, take, tidy
 from moe.studies.price import Pace, seconds_of
 from moe.studies.rows import RUNS, Row, latest
+from moe.studies.speeds import SPEEDS, timed
 
 
 class Share(NamedTuple):
@@ -44,11 +46,26 @@ class Board:
         for run in runs:
             if run.trunk is not None:
                 self.sharing.setdefault(run.trunk.id, []).append(run)
+        self.begun: dict[str, list[Run]] = {}  # by what they begin with, and by its dense twin
+        for run in runs:
+            for name in {run.origin.id, run.origin.twin.id} if run.origin is not None else ():
+                self.begun.setdefault(name, []).append(run)
+        self.timed = set(timed(runs).values())
         self.look()
 
     def look(self) -> None:
-        """Read what other workers recorded."""
+        """Read what other workers recorded. A dense twin whose weights are gone and needed once more has no row."""
         self.rows = {name: row for name, row in latest(self.study).items() if name in self.runs and name not in self.again}
+        for run in self.missing():
+            if run.origin is not None and self._waits(run) and not has_weights(self.study, run.origin.id):
+                twin = run.origin.twin.id
+                if twin in self.rows and self.rows[twin].status == "done" and not has_weights(self.study, twin):
+                    del self.rows[twin]
+
+    def doomed(self) -> list[tuple[Run, Row]]:
+        """Runs that cannot begin because their dense twin did not end well, whose row it is."""
+        twins = [(run, self.rows.get(run.origin.twin.id)) for run in self.missing() if run.origin is not None]
+        return [(run, row) for run, row in twins if row is not None and row.status != "done" and self._waits(run)]
 
     def missing(self) -> list[Run]:
         """Runs without a row, in the study's order."""
@@ -69,16 +86,34 @@ class Board:
 
     def _next(self, run: Run) -> tuple[Job, float]:
         """The process that brings a run forward, and the seconds until the run is done."""
-        own = reached(self.study, run.id)
-        rest = seconds_of(run, self.pace, own or (run.trunk.start if run.trunk else 0))
-        if run.trunk is None or own:
-            return Job(run.id, run.recipe, run.recipe.train.steps, run, rest), rest
-        at = reached(self.study, run.trunk.id)
-        if at >= run.trunk.start:
-            return Job(run.id, run.recipe, run.recipe.train.steps, run, rest), rest
-        until = min(start for start in self.starts(run.trunk.id) if start > at)
-        segment = seconds_of(run, self.pace, at, until)
-        return Job(run.trunk.id, run.trunk.recipe, until, None, segment), seconds_of(run, self.pace, at, run.trunk.start) + rest
+        own, trunk = reached(self.study, run.id), run.trunk
+        chain = seconds_of(run, self.pace, own or (trunk.start if trunk else 0))
+        job = Job(run.id, run.recipe, run.recipe.train.steps, run, chain)
+        if trunk is not None and not own and (at := reached(self.study, trunk.id)) < trunk.start:
+            until = min(start for start in self.starts(trunk.id) if start > at)
+            job = Job(trunk.id, trunk.recipe, until, None, seconds_of(run, self.pace, at, until))
+            chain += seconds_of(run, self.pace, at, trunk.start)
+        if run.origin is None or not self._waits(run) or has_weights(self.study, run.origin.id):
+            return job, chain
+        chain += self.pace.around
+        if run.origin.twin.id not in self.rows:
+            job, before = self._next(self.runs[run.origin.twin.id])
+            return job, before + chain
+        return Job(run.origin.id, None, 0, None, self.pace.around, run.origin), chain
+
+    def _waits(self, run: Run) -> bool:
+        """Whether a run that is to begin with another has not done so: neither it nor its trunk has a checkpoint to go on from."""
+        if reached(self.study, run.id):
+            return False
+        trunk = run.trunk
+        return trunk is None or not any(step <= trunk.start for step in shelf.committed(self.study / RUNS / trunk.id / "checkpoints"))
+
+    def _can_begin(self, run: Run) -> bool:
+        """Whether what a run begins with is there, or needed no more."""
+        if run.origin is None or not self._waits(run):
+            return True
+        twin = self.rows.get(run.origin.twin.id)  # whose weights may be there before it is known how it ended
+        return twin is not None and twin.status == "done" and has_weights(self.study, run.origin.id)
 
     def starts(self, trunk: str) -> list[int]:
         """At which steps runs without a row leave a trunk."""
@@ -87,13 +122,18 @@ class Board:
     def ready(self, job: Job) -> bool:
         """Whether a job whose lock is held is still to be done, once what it begins with lies in place."""
         self.look()
+        if job.origin is not None:
+            twin, users = self.rows.get(job.origin.twin.id), (run for run in self.begun[job.id] if run.id not in self.rows)
+            done = twin is not None and twin.status == "done" and not has_weights(self.study, job.id)
+            return done and any(self._waits(run) for run in users)
         if job.run is not None:
-            return job.id not in self.rows and self._begins(job.run)
+            return job.id not in self.rows and self._begins(job.run) and self._can_begin(job.run)
         for run in self.sharing[job.id]:
             assert run.trunk is not None
             if run.id not in self.rows and run.trunk.start <= reached(self.study, job.id) and not self._begins(run, holding=True):
                 return False
-        return job.steps in self.starts(job.id) and reached(self.study, job.id) < job.steps
+        at = reached(self.study, job.id)
+        return job.steps in self.starts(job.id) and at < job.steps and (at > 0 or self._can_begin(self.sharing[job.id][0]))
 
     def _begins(self, run: Run, *, holding: bool = False) -> bool:
         """Give a run its trunk's checkpoint, if it has none yet; False while another process grows the trunk.
@@ -116,16 +156,29 @@ class Board:
             self.clear(self.runs[name])
 
     def clear(self, run: Run) -> None:
-        """Remove what a run that is done needs no more, and its trunk's if it was the last."""
-        if self.rows[run.id].status != "done":
+        """Remove what a run that is done needs no more, its trunk's if it was the last, and so what both began with."""
+        if not self._done(run):
             return
-        tidy(self.study, run.id, weights=self.means.keep_weights)
-        if run.trunk is None or not all(one.id in self.rows and self.rows[one.id].status == "done" for one in self.sharing[run.trunk.id]):
+        tidy(self.study, run.id, weights=self.means.keep_weights or self._wanted(run.id))
+        if run.origin is not None and not self.means.keep_weights:
+            for name in {run.origin.id, run.origin.twin.id}:
+                if not self._wanted(name):
+                    remove(self.study / RUNS / (name if name not in self.runs else f"{name}/weights"))
+        if run.trunk is None or not all(self._done(one) for one in self.sharing[run.trunk.id]):
             return
         lock = take(self.study, run.trunk.id)
         if lock is not None:
             tidy(self.study, run.trunk.id, keep=int(self.means.keep_trunks))
             lock.close()
+
+    def _done(self, run: Run) -> bool:
+        return run.id in self.rows and self.rows[run.id].status == "done"
+
+    def _wanted(self, name: str) -> bool:
+        """Whether the weights of a dense twin or of a conversion are still of use: to runs, or to be timed."""
+        if name in self.timed and not (self.study / SPEEDS).exists():
+            return True
+        return any(not self._done(run) for run in self.begun.get(name, ()))
 
     def left(self) -> float:
         """Seconds of all processes that the missing runs still take, as it was measured before."""

@@ -93,8 +93,8 @@ class Fits(NamedTuple):
 
 
 def columns(rows: Sequence[Row]) -> tuple[list[Row], Points, Column]:
-    """The runs that are fitted, and their columns."""
-    fitted = [row for row in rows if row.status == "done" and row.tuned]
+    """The runs that are fitted, and their columns: those from scratch, as laws speak of no others."""
+    fitted = [row for row in rows if row.status == "done" and row.tuned and row.begin is None]
     routers = [row.axes.get("router") for row in fitted if row.experts > 1]
     if routers:  # of several routers the most used; the others are compared with it, not fitted
         most = max(sorted(set(routers), key=str), key=routers.count)

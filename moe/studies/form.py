@@ -12,6 +12,7 @@ from moe.errors import ConfigError
 from moe.recipe import Recipe
 from moe.routers import ROUTERS
 from moe.studies import LAWS
+from moe.surgery import VARIANTS
 
 STUDY = "study.yaml"  # of a study's folder
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -26,6 +27,18 @@ class Family(Settings):
     d_ff: PositiveInt
 
 
+class Begin(Settings):
+    """What a run begins with instead of fresh weights: its dense twin, trained before, which a cell of several experts makes sparse."""
+
+    dense: PositiveInt  # tokens that the twin is trained for, as an ordinary run of the study; axes.tokens are then further ones
+    variant: Choice(VARIANTS, "variant", given=("ffn", "experts", "seed", "layer"), default="copy") = "copy"  # as of moe upcycle
+
+    @property
+    def label(self) -> str:
+        """The variant with its options, in a few words."""
+        return " ".join([self.variant["name"], *(f"{name}={value}" for name, value in self.variant.items() if name != "name")])
+
+
 class Axes(Settings):
     """Values along each axis; runs are all their combinations. A dense model has one expert, and no router or granularity."""
 
@@ -34,6 +47,7 @@ class Axes(Settings):
     top_k: list[PositiveInt] | None = None
     granularity: list[PositiveInt] | None = None  # how many times narrower than the twin's layer an expert is
     router: list[Choice(ROUTERS, "router", given=("d_model", "num_experts"))] | None = None
+    begin: list[Begin | None] | None = None  # null: from scratch
     tokens: list[PositiveInt] | None = None
     seed: list[NonNegativeInt] | None = None
     lr: list[PositiveFloat] | None = None  # times what the rule of scaling says

@@ -13,7 +13,8 @@ from moe.errors import ConfigError
 from moe.model.cost import Cost, cost
 from moe.recipe import Recipe
 from moe.routers import ROUTERS
-from moe.studies.form import Axes, Family, Scaling, Study
+from moe.studies.begin import OTHER_ORDER, Origin, Twin, origin_of
+from moe.studies.form import Axes, Begin, Family, Scaling, Study
 from moe.studies.rows import RUNS, identity
 from moe.tables import entry
 
@@ -32,7 +33,8 @@ class Cell(NamedTuple):
     router: dict[str, Any] | None  # None for a dense model
     seed: int
     factor: float  # of the rule's learning rate
-    tokens: float
+    begin: Begin | None
+    tokens: float  # of the run itself, without those of its twin
     budget: float | None  # of the rule
 
 
@@ -53,9 +55,11 @@ class Run(NamedTuple):
     price: Cost
     base: int  # parameters of the dense twin
     trunk: Trunk | None
+    origin: Origin | None = None
 
     @property
     def tokens(self) -> int:
+        """Of the run itself, without those of the twin that it began with; so are `flops`."""
         return self.recipe.train.steps * tokens_a_step(self.recipe)
 
     @property
@@ -66,20 +70,31 @@ class Run(NamedTuple):
         """Columns of the run's row that are known before it runs."""
         axes, recipe, price = self.axes, self.recipe, self.price
         decay = recipe.schedule.name == "wsd"
+        tokens, flops, met = self.tokens, self.flops, self.tokens * price.active
+        if self.origin is not None:
+            twin = self.origin.twin
+            tokens, flops, met = tokens + twin.tokens, flops + twin.flops, met + twin.tokens * twin.active
         return {
             "id": self.id, "axes": axes, "total": price.parameters, "active": price.active, "base": self.base,
-            "average": float(price.active), "experts": axes["experts"], "granularity": float(axes["granularity"]),
-            "sparsity": 1 - axes["top_k"] / axes["experts"], "tokens": self.tokens, "flops": self.flops, "bytes": price.bytes,
+            "average": met / tokens, "experts": axes["experts"], "granularity": float(axes["granularity"]),
+            "sparsity": 1 - axes["top_k"] / axes["experts"], "tokens": tokens, "flops": flops, "bytes": price.bytes,
             "trunk": self.trunk and self.trunk.id, "steps": recipe.train.steps,
             "cooldown_steps": recipe.train.steps - cooldown(recipe) if decay else 0,
         }  # fmt: skip
 
 
 def grid(study: Study) -> list[Run]:
-    """Every run of a study, once, in the order of its axes; ConfigError if its rule cannot be met."""
+    """Every run of a study, once, in the order of its axes, dense twins before what begins with them.
+
+    ConfigError if the study's rule cannot be met, or if a run cannot begin as it is to.
+    """
     runs: dict[str, Run] = {}
     for cell in cells(study):
-        made = _run(study, cell)
+        twin = None
+        if cell.begin is not None:
+            twin = _run(study, _dense(cell)._replace(factor=1.0, begin=None, tokens=cell.begin.dense, budget=None))
+            runs.setdefault(twin.id, twin)
+        made = _run(study, cell, twin)
         runs.setdefault(made.id, made)
     sharing: dict[str, set[int]] = {}
     for run in runs.values():
@@ -101,6 +116,7 @@ def _joined(axes: Axes, part: Axes) -> dict[str, list[Any]]:
         "top_k": [1],
         "granularity": [1],
         "router": [{"name": "top_k", "normalize": "none"}],
+        "begin": [None],
         "seed": [0],
         "lr": [1.0],
         "tokens": [0],
@@ -112,8 +128,8 @@ def _joined(axes: Axes, part: Axes) -> dict[str, list[Any]]:
 
 def _part(study: Study, axes: dict[str, list[Any]]) -> Iterator[Cell]:
     rule = study.rule
-    names = ("family", "experts", "top_k", "granularity", "router", "seed", "lr", "tokens")
-    for family, experts, k, narrower, router, seed, factor, tokens in product(*(axes[name] for name in names)):
+    names = ("family", "experts", "top_k", "granularity", "router", "begin", "seed", "lr", "tokens")
+    for family, experts, k, narrower, router, begin, seed, factor, tokens in product(*(axes[name] for name in names)):
         k = narrower if rule.name == "iso_active" else k
         if experts == 1:
             k, narrower, router = 1, 1, None
@@ -123,7 +139,7 @@ def _part(study: Study, axes: dict[str, list[Any]]) -> Iterator[Cell]:
             raise ConfigError(
                 f"experts {narrower} times narrower than d_ff={family.d_ff} have no whole width; choose a multiple of {narrower}"
             )
-        cell = Cell(family, experts, k, narrower, router, seed, factor, tokens, None)
+        cell = Cell(family, experts, k, narrower, router, seed, factor, begin, tokens, None)
         for budget in rule.values or [None]:
             yield _met(study, cell._replace(budget=budget))
 
@@ -137,8 +153,7 @@ def _met(study: Study, cell: Cell) -> Cell:
         _close(study, cell, wanted.tokens, steps_of(study, wanted)[0] * _batch(study, wanted) * study.recipe.data.sequence, "tokens")
         return wanted
     if rule.name == "iso_active":
-        twin = cell._replace(experts=1, top_k=1, granularity=1, router=None)
-        _close(study, cell, priced(study, twin).active, priced(study, cell).active, "active parameters")
+        _close(study, cell, priced(study, _dense(cell)).active, priced(study, cell).active, "active parameters")
     if rule.name in ("iso_parameter", "iso_memory"):
         assert cell.budget is not None
         found = _of_size(study, cell, cell.budget)
@@ -196,7 +211,12 @@ def _batch(study: Study, cell: Cell) -> int:
 
 
 def _base(study: Study, cell: Cell) -> int:
-    return priced(study, cell._replace(experts=1, top_k=1, granularity=1, router=None)).parameters
+    return priced(study, _dense(cell)).parameters
+
+
+def _dense(cell: Cell) -> Cell:
+    """The cell with its dense twin's model."""
+    return cell._replace(experts=1, top_k=1, granularity=1, router=None)
 
 
 def learning_rate(scaling: Scaling, base: float, experts: int, factor: float) -> float:
@@ -216,17 +236,24 @@ def steps_of(study: Study, cell: Cell) -> tuple[int, int]:
     return steps, warmup
 
 
-def _run(study: Study, cell: Cell) -> Run:
+def _run(study: Study, cell: Cell, twin: Run | None = None) -> Run:
     steps, warmup = steps_of(study, cell)
     base, batch = _base(study, cell), _batch(study, cell)
     lr = learning_rate(study.scaling, base, cell.experts, cell.factor)
-    recipe = _recipe(study, cell, steps, warmup, batch, lr)
+    recipe, origin = _recipe(study, cell, steps, warmup, batch, lr), None
+    if cell.begin is not None and twin is not None:
+        before = Twin(twin.id, twin.recipe, twin.tokens, twin.flops, twin.price.active)
+        origin = origin_of(cell.begin, before, recipe)
+        tree = _given(recipe)
+        tree["init"] = {"from": f"{study.means.folder}/{RUNS}/{origin.id}"}
+        recipe = _validated(tree | {"train": tree["train"] | {"seed": cell.seed + OTHER_ORDER}})
     name = identity(recipe)
     axes = {**cell.family.model_dump(), "experts": cell.experts, "top_k": cell.top_k, "granularity": cell.granularity,
             "router": cell.router["name"] if cell.router else _DENSE, "tokens": round(cell.tokens), "seed": cell.seed, "lr": lr,
             "lr_factor": cell.factor, "batch": batch, "budget": cell.budget}  # fmt: skip
+    axes |= {} if origin is None else {"begin": origin.label, "dense": origin.twin.tokens}
     placed = _placed(study, recipe, name)
-    return Run(name, placed, axes, priced(study, cell), base, _trunk(study, recipe))
+    return Run(name, placed, axes, priced(study, cell), base, _trunk(study, recipe), origin)
 
 
 def _trunk(study: Study, recipe: Recipe) -> Trunk | None:

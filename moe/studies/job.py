@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 
 from moe.checkpoint import shelf
-from moe.config import dump
+from moe.config import dump, load
 from moe.errors import DataError, NonFinite, Preempted
 from moe.recipe import Recipe
+from moe.studies.begin import Origin, remove, words
 from moe.studies.form import Means
-from moe.studies.grid import Run
+from moe.studies.grid import Run, tokens_a_step
 from moe.studies.rows import RUNS, Row, Status, check_unedited
 from moe.train.folder import write_whole
 from moe.train.metrics import read
@@ -42,31 +43,42 @@ class Outcome(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a process is to do: a run to its end, or a trunk as far as `steps`."""
+    """What a process is to do: a run to its end, a trunk as far as `steps`, or to make a dense twin sparse."""
 
     id: str
-    recipe: Recipe
+    recipe: Recipe | None  # None: a conversion
     steps: int
-    run: Run | None  # None: a trunk
+    run: Run | None  # None: a trunk or a conversion
     work: float  # seconds that it is thought to take
+    origin: Origin | None = None  # what a conversion makes
+
+    def words(self, study: Path) -> list[str]:
+        """The verb of moe and what it is given."""
+        if self.origin is not None:
+            return words(study, self.origin)
+        folder = study / RUNS / self.id
+        return ["train", str(folder / "recipe.yaml"), f"run.folder={folder}", f"train.steps={self.steps}"]
+
+    def log(self, study: Path) -> Path:
+        """What the process says; a conversion's folder is not there until it is whole."""
+        return study / RUNS / (f"{self.id}.log" if self.origin is not None else f"{self.id}/{LOG}")
 
 
 class Process:
     """A job that is under way, holding its run's lock."""
 
     def __init__(self, job: Job, study: Path, lock: Any, *, threads: int, seconds: float, device: str | None) -> None:
-        self.job, self.folder, self.lock, self.limit = job, study / RUNS / job.id, lock, seconds
+        self.job, self.log, self.lock, self.limit = job, job.log(study), lock, seconds
         self.start, self.late, self.asked, self.killed_before = time.monotonic(), False, False, _killed_by_system()
-        command = [sys.executable, "-m", "moe", "train", str(self.folder / "recipe.yaml"), f"run.folder={self.folder}"]
         # with this name in its environment a run saves and stops once its parent is gone
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_RUN_ID": "moe-study"}
         self.device = device
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        with (self.folder / LOG).open("ab") as log:
+        with self.log.open("ab") as log:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
-                [*command, f"train.steps={job.steps}"],
+                [sys.executable, "-m", "moe", *job.words(study)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -107,7 +119,7 @@ class Process:
             return Outcome("done", None)
         if self.asked or code == Preempted.exit_code:
             return None
-        with (self.folder / LOG).open("rb") as log:
+        with self.log.open("rb") as log:
             log.seek(self.log_start)
             text = log.read().decode(errors="replace")
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")[-_LAST:]
@@ -171,9 +183,12 @@ def make(study: Path, recipe: Recipe, name: str) -> Path:
     """A run's folder with its recipe and the study's corpus; DataError if another recipe stands there."""
     folder = study / RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.yaml").exists():
-        write_whole(folder / "recipe.yaml", dump(recipe))
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        write_whole(path, dump(recipe))
     check_unedited(folder)
+    if recipe.origin is not None and load([path]).origin != recipe.origin:  # the study was moved since
+        write_whole(path, dump(recipe))
     if not (folder / TOKENS).is_symlink():
         (folder / TOKENS).symlink_to(Path("..") / ".." / TOKENS)
     return folder
@@ -242,7 +257,7 @@ def row_of(study: Path, run: Run, outcome: Outcome, corpus: str, seconds: float)
         why=outcome.why,
         loss=last["validation_loss"] if done and last else None,
         bits_per_byte=last["bits_per_byte"] if done and last else None,
-        step_ms=round(1000 * facts["tokens"] / facts["steps"] / speed, 3) if speed else None,
+        step_ms=round(1000 * tokens_a_step(run.recipe) / speed, 3) if speed else None,
         tokens_per_s=speed,
         health=health_of(training[-1]) if done and training else {},
         commit=environment.get("commit"),
@@ -284,4 +299,4 @@ def tidy(study: Path, name: str, *, keep: int = 0, weights: bool = False) -> Non
     if not keep:
         shelf.clean(folder / "checkpoints")
     if not weights:
-        shutil.rmtree(folder / "weights", ignore_errors=True)
+        remove(folder / "weights")

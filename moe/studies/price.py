@@ -46,6 +46,7 @@ class Estimate(NamedTuple):
     """What is left of a study."""
 
     runs: int
+    conversions: int  # of dense twins
     flops: float  # spent, a trunk's once
     seconds: float  # of all processes
     longest: float  # chain of processes that wait for one another
@@ -95,7 +96,8 @@ def _timed(folder: Path, pair: list[Run], threads: int) -> Pace:
 def _start(folder: Path, recipe: Recipe, threads: int) -> subprocess.Popen[bytes]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_whole(folder / "recipe.yaml", dump(recipe))
+    alone = recipe.model_copy(update={"init": Recipe.model_fields["init"].get_default(call_default_factory=True)})
+    write_whole(folder / "recipe.yaml", dump(alone))  # what it begins with is not there yet
     (folder / TOKENS).symlink_to(Path("..") / ".." / TOKENS)
     words = [f"run.folder={folder}", f"train.steps={_STEPS}", "log.every=1", "evaluate.sequences=1"]
     with (folder / LOG).open("wb") as log:
@@ -118,26 +120,31 @@ def seconds_of(run: Run, pace: Pace, first: int = 0, last: int | None = None) ->
 
 def estimate(missing: list[Run], pace: Pace, means: Means, workers: int) -> Estimate:
     """What these runs cost, trunks counted once."""
-    flops = seconds = longest = 0.0
-    kept, live, trunks = 0, [], {}
+    flops = 0.0
+    kept, live, trunks, alone, chains = 0, [], {}, {}, {}
     for run in missing:
         start = run.trunk.start if run.trunk else 0
         if run.trunk:
             trunks.setdefault(run.trunk.id, []).append(run)
         flops += (run.recipe.train.steps - start) * tokens_a_step(run.recipe) * run.price.training_flops
-        seconds += seconds_of(run, pace, start)
-        longest = max(longest, seconds_of(run, pace, start))
+        alone[run.id] = seconds_of(run, pace, start)
         live.append(_STATE * run.price.bytes)
     for sharing in trunks.values():
         starts, run = sorted({run.trunk.start for run in sharing}), sharing[0]
         flops += starts[-1] * tokens_a_step(run.recipe) * run.price.training_flops
-        chain = seconds_of(run, pace, 0, starts[-1]) + pace.around * (len(starts) - 1)
-        seconds += chain
-        longest = max(longest, chain + max(seconds_of(run, pace, run.trunk.start) for run in sharing))
+        chains[run.trunk.id] = seconds_of(run, pace, 0, starts[-1]) + pace.around * (len(starts) - 1)
         kept += _STATE * run.price.bytes * means.keep_trunks
+    ends = {run.id: alone[run.id] + (chains[run.trunk.id] if run.trunk else 0.0) for run in missing}
+    made = {run.origin.id: run for run in missing if run.origin and run.origin.asked}  # what surgery writes
+    for run in missing:
+        if run.origin:
+            ends[run.id] += ends.get(run.origin.twin.id, 0.0) + pace.around
+    seconds = sum(alone.values()) + sum(chains.values()) + pace.around * len(made)
+    longest = max(ends.values(), default=0.0)
     kept += sum(_SMALL + run.price.bytes * means.keep_weights for run in missing)
-    # a worker's run holds three checkpoints and one that is being written
-    return Estimate(len(missing), flops, seconds, longest, kept, kept + 4 * workers * max(live, default=0))
+    # a worker's run holds three checkpoints and one that is being written, and what runs begin with stays until they are done
+    peak = kept + 4 * workers * max(live, default=0) + 2 * sum(run.price.bytes for run in made.values())
+    return Estimate(len(missing), len(made), flops, seconds, longest, kept, peak)
 
 
 def table(missing: list[Run], found: Estimate, workers: int, means: Means) -> Table:
@@ -145,7 +152,8 @@ def table(missing: list[Run], found: Estimate, workers: int, means: Means) -> Ta
     lines = Table.grid(padding=(0, 2))
     trunks = len({run.trunk.id for run in missing if run.trunk})
     shared = f", most of them off {trunks} trunks" if trunks else ""
-    lines.add_row("runs", f"{found.runs}{shared}")
+    made = f", and dense twins made sparse {found.conversions}x" if found.conversions else ""
+    lines.add_row("runs", f"{found.runs}{shared}{made}")
     alone = sum(run.flops for run in missing)
     lines.add_row("compute", f"{found.flops:.3g} FLOP" + (f" ({alone:.3g} without trunks)" if trunks else ""))
     lines.add_row("time", f"{hours(3600 * found.hours(workers))} with {workers} runs at once, {means.threads} threads each")

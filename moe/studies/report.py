@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from moe.errors import ConfigError
 from moe.pages.figure import Figure
 from moe.pages.page import Page, Section, Table
-from moe.studies import tables
+from moe.studies import speeds, tables, upcycling
 from moe.studies.compare import FIT, Fits, fits_of
 from moe.studies.figures import figures
 from moe.studies.predict import compute, quantity, weight
-from moe.studies.rows import RESULTS, Row, read
-from moe.studies.site import write
+from moe.studies.rows import Row, read
+from moe.studies.site import again, write
 from moe.studies.verdict import Verdict, conclude, helps
 
 _WIDE = 140  # columns, where no terminal says
@@ -70,6 +69,11 @@ def report(path: Path, flops: str | None, memory: str | None, *, weight_bytes: f
     folder, console = folder_of(path), _console()
     asked = Budgets(quantity(flops, "--flops") if flops else None, quantity(memory, "--memory", "B") if memory else None, weight_bytes)
     rows = read(folder)
+    if any(row.begin is not None for row in rows):
+        if flops or memory:
+            raise ConfigError("--flops and --memory decide nothing on the page of a study whose runs begin with others; leave them out")
+        write(upcycling.page_of(folder.resolve().name, rows, speeds.read(folder)), folder, console)
+        return
     fits = fitted(folder, console, draws=draws)
     verdict = conclude(fits, asked.flops, asked.memory, weight_bytes=weight_bytes)
     drawn = figures(rows, fits, verdict)
@@ -138,25 +142,8 @@ def _fits(fits: Fits) -> list[Table]:
 
 
 def _again(name: str, rows: Sequence[Row], fits: Fits, asked: Budgets) -> Section:
-    """What it takes to make all of it again."""
-
-    def all_of(values: Iterable[object]) -> str:
-        return ", ".join(sorted({str(value) for value in values}))
-
     options = f" --flops {asked.flops:g}" if asked.flops else ""
     options += f" --memory {asked.memory / 1e9:g}GB" if asked.memory else ""
-    facts = [
-        ["commit", all_of(row.commit or "unknown" for row in rows)],
-        ["machine", all_of(row.machine for row in rows)],
-        ["corpus", all_of(row.corpus for row in rows)],
-        ["tokenizer", all_of(row.tokenizer for row in rows)],
-        ["seeds", all_of(row.axes.get("seed", 0) for row in rows)],
-        ["fit", f"seed {fits.facts['seed']}, {fits.facts['draws']} bootstraps, {fits.facts['seconds']} s, moe {fits.facts['moe']}"],
-        ["hours of all runs", f"{sum(row.seconds for row in rows) / 3600:.2f}"],
-    ]
-    axes = [json.dumps({"id": row.id} | row.axes) for row in rows]
-    code = f"moe study run {name}.yaml\nmoe study fit {name}\nmoe study report {name}{options}\n\n" + "\n".join(axes)
-    words = [
-        f"Every run is a folder runs/<id> with its recipe; {RESULTS} holds a row for each. Below: the commands, and where each run stands."
-    ]
-    return Section("To make it again", words, [Table("", ["what", ""], facts)], code=code)
+    facts = fits.facts
+    made = f"seed {facts['seed']}, {facts['draws']} bootstraps, {facts['seconds']} s, moe {facts['moe']}"
+    return again(name, rows, [f"moe study fit {name}", f"moe study report {name}{options}"], [["fit", made]])

@@ -22,7 +22,11 @@ Status = Literal["done", "diverged", "out of memory", "timed out", "failed"]
 
 
 class Row(NamedTuple):
-    """One run and how it ended. What a run that is not done never measured is None."""
+    """One run and how it ended. What a run that is not done never measured is None.
+
+    A run that began with its dense twin has axes["begin"], how, and axes["dense"], the twin's tokens; axes["tokens"] are then
+    further ones, and `tokens`, `flops` and `average` of twin and run together.
+    """
 
     id: str  # of the run, see `identity`
     status: Status
@@ -57,14 +61,29 @@ class Row(NamedTuple):
         """Whether the run learned at the rate of the rule, and not beside it to see what that does."""
         return self.axes.get("lr_factor", 1) == 1
 
+    @property
+    def begin(self) -> str | None:
+        """What became of the dense twin that the run began with; None from scratch."""
+        return self.axes.get("begin")
+
+
+def shape(axes: Mapping[str, Any]) -> str:
+    """What kind of model a place of a study has, in a few words."""
+    if axes["experts"] == 1:
+        return "dense"
+    return f"{axes['experts']} experts top-{axes['top_k']}" + (f" granularity {axes['granularity']}" if axes["granularity"] > 1 else "")
+
 
 def identity(recipe: Recipe) -> str:
     """A run's name: a hash of all in which its recipe differs from the defaults, but for where it lives.
 
-    Settings that moe learns later leave it as it is. How long a trunk is, is none of its identity.
+    Settings that moe learns later leave it as it is. How long a trunk is, is none of its identity. Of what a run begins with only
+    the folder's own name counts, which is a hash of what that was made of.
     """
     tree = recipe.model_dump(mode="json", exclude_defaults=True)
     tree.pop("run", None)
+    if recipe.origin is not None:
+        tree["init"] = {"from": recipe.origin.name}
     if recipe.schedule.name == "constant":
         tree.get("train", {}).pop("steps", None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

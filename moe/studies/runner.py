@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moe.config import load
 from moe.errors import ConfigError, Preempted
-from moe.studies import design, price
+from moe.studies import design, price, speeds
 from moe.studies.board import Board, Share
 from moe.studies.form import STUDY, Means, Study, opened
 from moe.studies.grid import Run, grid
@@ -60,10 +60,14 @@ def _run(study: Study, folder: Path, *, yes: bool, workers: int | None, share: S
         _judge(study, runs, console)
     corpus = prepare_corpus(folder, study.recipe)
     write_whole(folder / STUDY, json.dumps(study.model_dump(mode="json", exclude_unset=True), indent=1) + "\n")
+    pace = price.measure(folder, runs, means) if missing else price.Pace(0.0, 0.0, 0.0)
+    board = Board(folder, runs, means, pace, share=share, again=again)
     if missing:
-        pace = price.measure(folder, runs, means)
-        _confirm(missing, pace, means, workers, yes, console)
-        Crew(Board(folder, runs, means, pace, share=share, again=again), corpus, console).work(workers)
+        _confirm(board.missing(), pace, means, workers, yes, console)
+        Crew(board, corpus, console).work(workers)
+    if not board.missing() and (said := speeds.measure(folder, runs)) is not None:
+        console.print(said)
+    board.sweep()
     rows = latest(folder)
     show(folder, runs, means, console)
     return 0 if all(rows[one.id].status == "done" for one in runs if one.id in rows) else 1
@@ -85,8 +89,15 @@ def _same_ground(study: Study, folder: Path) -> None:
 
 
 def _judge(study: Study, runs: list[Run], console: Console) -> None:
-    """Print what the design can identify; ConfigError if that is too little and no reason is given to go on."""
-    found, sentence = design.judge(study.aim, runs)
+    """Print what the design can identify; ConfigError if that is too little and no reason is given to go on.
+
+    Runs that begin with a dense twin teach no law of runs from scratch: a study that has such is judged where it names its aim.
+    """
+    scratch = [run for run in runs if run.origin is None]
+    if len(scratch) < len(runs) and "aim" not in study.model_fields_set:
+        console.print("no law is to be identified: runs begin with others, and the study names no aim")
+        return
+    found, sentence = design.judge(study.aim, scratch)
     console.print(design.table(study.aim, found, sentence))
     if sentence is None:
         return
@@ -122,6 +133,7 @@ class Crew:
         try:
             with Progress(self.board, self.console, workers) as progress:
                 while self.board.missing() and not self.asked:
+                    self._give_up(progress)
                     started = self._fill(workers)
                     if not self.under_way and not started:
                         if self.board.share.of > 1:
@@ -161,7 +173,8 @@ class Crew:
         if not self.board.ready(job):
             lock.close()
             return False
-        make(self.board.study, job.recipe, job.id)
+        if job.recipe is not None:
+            make(self.board.study, job.recipe, job.id)
         used = [process.device for process in self.under_way]
         device = min(self.devices, key=used.count, default=None)
         seconds = 3600 * self.means.timeout
@@ -174,24 +187,41 @@ class Crew:
             self._record(process, progress)
 
     def _record(self, process: Process, progress: Any) -> None:
-        """What follows from the end of a process: a row, or for a trunk that failed a row of each run that needs it."""
-        job, study, seconds = process.job, self.board.study, time.monotonic() - process.start
+        """What follows from the end of a process: a row, or for a trunk or a conversion that failed a row of each run that needs it."""
+        job, seconds = process.job, time.monotonic() - process.start
         outcome = process.outcome()
         ended: list[tuple[Run, Outcome]] = []
         if outcome is not None and job.run is not None:
             ended = [(job.run, outcome)]
+        elif outcome is not None and outcome.status != "done" and job.origin is not None:
+            why = Outcome("failed", f"making its dense twin sparse ({job.id}) {outcome.status}: {outcome.why}")
+            ended = [(run, why) for run in self.board.begun[job.id] if run.id not in self.board.rows]
         elif outcome is not None and outcome.status != "done":
             why = Outcome(outcome.status, f"its trunk {job.id} {outcome.status}: {outcome.why}")
             left = [run for run in self.board.sharing[job.id] if run.id not in self.board.rows]
             ended = [(run, why) for run in left if run.trunk and run.trunk.start >= job.steps]
         for run, how in ended:
-            row = row_of(study, run, how, self.corpus, seconds)
-            append(study, row)
-            self.board.again.discard(run.id)
-            self.board.look()
-            self.board.clear(run)
-            progress.ended(row)
+            self._add(run, how, seconds, progress)
         process.lock.close()
+
+    def _give_up(self, progress: Any) -> None:
+        """Give a row to each run whose dense twin did not end well."""
+        for run, twin in self.board.doomed():
+            lock = take(self.board.study, run.id)
+            if lock is None:
+                continue  # another worker does
+            self.board.look()
+            if run.id not in self.board.rows:
+                self._add(run, Outcome("failed", f"its dense twin {twin.id} {twin.status}: {twin.why}"), 0.0, progress)
+            lock.close()
+
+    def _add(self, run: Run, how: Outcome, seconds: float, progress: Any) -> None:
+        row = row_of(self.board.study, run, how, self.corpus, seconds)
+        append(self.board.study, row)
+        self.board.again.discard(run.id)
+        self.board.look()
+        self.board.clear(run)
+        progress.ended(row)
 
     def _stop(self) -> None:
         for process in self.under_way:

@@ -13,12 +13,13 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from moe.studies.begin import has_weights
 from moe.studies.board import Board
 from moe.studies.form import Means, opened
 from moe.studies.grid import Run, grid
 from moe.studies.job import step_now, take, workers_of
 from moe.studies.price import Pace, hours
-from moe.studies.rows import RUNS, Row, latest
+from moe.studies.rows import RUNS, Row, latest, shape
 
 WIDE = 140  # columns, where no terminal says
 _LOOK_SECONDS = 5
@@ -63,10 +64,10 @@ class Progress:
 def place(axes: dict[str, Any]) -> str:
     """Where a run stands, in a few words."""
     size = f"d={axes['d_model']} l={axes['layers']}"
-    experts = "dense" if axes["experts"] == 1 else f"{axes['experts']} experts top-{axes['top_k']}"
-    narrower = f" granularity {axes['granularity']}" if axes["granularity"] > 1 else ""
+    begin = f", {axes['begin']} after {axes['dense'] / 1e6:.3g}M tokens" if "begin" in axes else ""
+    more = "more " if begin else ""
     factor = f" lr×{axes['lr_factor']:g}" if axes["lr_factor"] != 1 else ""
-    return f"{size} {experts}{narrower}, {axes['tokens'] / 1e6:.3g}M tokens, seed {axes['seed']}{factor}"
+    return f"{size} {shape(axes)}{begin}, {axes['tokens'] / 1e6:.3g}M {more}tokens, seed {axes['seed']}{factor}"
 
 
 def status(path: Path) -> None:
@@ -104,6 +105,10 @@ def _state(folder: Path, run: Run, row: Row | None) -> tuple[str, bool]:
     now, steps = step_now(folder, run.id), run.recipe.train.steps
     if _locked(folder, run.id):
         return f"running, step {now} of {steps}", True
+    if not now and run.origin is not None and not has_weights(folder, run.origin.id):
+        if run.origin.asked is not None and _locked(folder, run.origin.id):
+            return "waiting, its dense twin is being made sparse", False
+        return "waiting, its dense twin is not ready", False
     if now or run.trunk is None:
         return (f"waiting, step {now} of {steps}" if now else "waiting"), False
     grown, start = step_now(folder, run.trunk.id), run.trunk.start

@@ -65,6 +65,7 @@ def runs(rows: Sequence[Row]) -> Table:
     for row in sorted((row for row in rows if row.status == "done"), key=lambda row: row.flops):
         choice = "dense" if row.experts == 1 else f"{row.experts} experts, top-{round(row.experts * (1 - row.sparsity))}"
         choice += f", G={row.granularity:g}" if row.granularity != 1 else ""
+        choice += f", {row.begin}" if row.begin else ""
         axes, made = row.axes, [short(row.active), short(row.total), short(row.tokens), f"{row.flops:.3g}"]
         found = [f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}" if row.bits_per_byte else "", f"{row.step_ms:.4g}" if row.step_ms else ""]
         lines.append(

@@ -1,27 +1,32 @@
-"""The page of an upcycling study: what is gained by making a dense model sparse, and what each token then costs.
+"""The page of a study whose runs begin with dense models: what is gained by making them sparse, and what each token then costs.
 
 After "Inference Inefficient Finetuning" of upcycled models: at equal training compute a mixture may be better, and slower to use.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
-from moe.errors import DataError
 from moe.pages.figure import Figure, Series
 from moe.pages.page import Page, Section, Table
 from moe.pages.scale import told
+from moe.studies import tables
+from moe.studies.begin import CONTINUED
+from moe.studies.compare import why_not
+from moe.studies.fit import fit
+from moe.studies.laws import CHINCHILLA, JOURNEY
 from moe.studies.predict import short
-from moe.studies.site import write
+from moe.studies.rows import Row, points, shape
+from moe.studies.site import again
+from moe.studies.speeds import READ, WRITE, Speeds
 
-DENSE = "continued dense"
+SCRATCH = "from scratch"
 _SURE = 2.0  # standard errors
+_ALIKE = 0.1  # runs whose extra FLOPs differ by less spent the same
+_FAMILY = ("d_model", "layers", "heads", "d_ff")
 
 
 class Mean(NamedTuple):
@@ -29,158 +34,243 @@ class Mean(NamedTuple):
 
     value: float
     error: float  # standard; 0 of one seed
+    seeds: int
 
     @property
     def span(self) -> tuple[float, float]:
         return self.value - self.error, self.value + self.error
 
 
-class Study(NamedTuple):
-    """Runs by arm and budget, and how fast each arm's model is."""
+class Ran(NamedTuple):
+    """A run beside others that spent as much."""
 
-    facts: Mapping[str, Any]  # commit, machine, date
-    runs: Sequence[Mapping[str, Any]]
-    speeds: Mapping[str, Mapping[str, Sequence[float]]]  # tokens a second: "read", or "write N" for N sequences at once
+    arm: str
+    budget: float  # extra FLOPs, as a share of the dense model's
+    row: Row
+
+
+class Comparison(NamedTuple):
+    """What may be done with the dense models of one family, trained for so many tokens."""
+
+    name: str
+    number: int
+    runs: Sequence[Ran]
+    apart: int  # runs that spent what no continued dense model did
+    speeds: Speeds  # of shapes of models; empty where they were not timed
 
     @property
     def arms(self) -> list[str]:
-        return sorted({run["arm"] for run in self.runs}, key=lambda arm: (arm != DENSE, arm))
+        return sorted({run.arm for run in self.runs}, key=lambda arm: (arm != CONTINUED, arm))
 
     @property
     def budgets(self) -> list[float]:
-        return sorted({run["budget"] for run in self.runs})
+        return sorted({run.budget for run in self.runs})
 
     def bits(self, arm: str, budget: float) -> dict[int, float]:
-        """Bits per byte at the end, by seed."""
-        mine = [run for run in self.runs if (run["arm"], run["budget"]) == (arm, budget)]
-        return {run["seed"]: run["held_out"][-1]["bits_per_byte"] for run in mine}
+        """Held-out bits per byte, by seed."""
+        mine = [run.row for run in self.runs if (run.arm, run.budget) == (arm, budget)]
+        return {row.axes["seed"]: row.bits_per_byte for row in mine if row.bits_per_byte is not None}
 
-    def gain(self, arm: str, budget: float) -> Mean:
-        """Bits per byte less than the continued dense model's, seed by seed."""
-        dense, mine = self.bits(DENSE, budget), self.bits(arm, budget)
-        return mean([dense[seed] - mine[seed] for seed in sorted(dense.keys() & mine.keys())])
+    def means(self, arm: str) -> list[tuple[float, Mean]]:
+        """Of each budget that has runs."""
+        return [(budget, mean(list(bits.values()))) for budget in self.budgets if (bits := self.bits(arm, budget))]
 
-    def speed(self, arm: str, kind: str) -> float:
-        return statistics.median(self.speeds[arm][kind])
+    def gain(self, arm: str, budget: float) -> Mean | None:
+        """Bits per byte less than the continued dense model's, seed by seed; None without a seed that both have."""
+        dense, mine = self.bits(CONTINUED, budget), self.bits(arm, budget)
+        both = sorted(dense.keys() & mine.keys())
+        return mean([dense[seed] - mine[seed] for seed in both]) if both else None
+
+    def speed(self, arm: str, kind: str) -> float | None:
+        model = shape(next(run for run in self.runs if run.arm == arm).row.axes)
+        return statistics.median(self.speeds[model][kind]) if model in self.speeds else None
 
     @property
     def batches(self) -> list[int]:
         """How many sequences were written at once."""
-        kinds = {kind for speeds in self.speeds.values() for kind in speeds if kind.startswith("write ")}
-        return sorted(int(kind.removeprefix("write ")) for kind in kinds)
+        kinds = {kind for speeds in self.speeds.values() for kind in speeds if kind.startswith(WRITE)}
+        return sorted(int(kind.removeprefix(WRITE)) for kind in kinds)
 
 
 def mean(values: Sequence[float]) -> Mean:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Mean(statistics.mean(values), error)
+    return Mean(statistics.mean(values), error, len(values))
 
 
-def read(path: Path) -> Study:
-    """A result of the upcycling comparison; DataError if it is none."""
-    try:
-        data = json.loads(path.read_text())
-        study = Study({name: data[name] for name in ("commit", "machine", "date")}, data["rows"]["runs"], data["rows"]["speeds"])
-        whole = DENSE in study.arms and all(study.bits(arm, budget) for arm in study.arms for budget in study.budgets)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path} is no result of an upcycling study ({error}); give a JSON file of benchmarks.upcycling") from None
-    if not whole:
-        raise DataError(f"{path} lacks runs: every arm, {DENSE} among them, needs one of every budget; finish the study first")
-    return study
+def comparisons(rows: Sequence[Row], timed: tuple[dict[str, int], Speeds] | None) -> list[Comparison]:
+    """One for each family and number of dense tokens of which a dense model was continued."""
+    done = [row for row in rows if row.status == "done" and row.tuned]
+    begun = sorted((row for row in done if row.begin is not None), key=_key)
+    found: list[Comparison] = []
+    for (*family, tokens), group in groupby(begun, _key):
+        others = [row for row in done if row.begin is None and _family(row) == family]
+        twins = [row for row in others if row.experts == 1 and row.tokens == tokens]
+        if not twins:
+            continue
+        dense = statistics.mean(row.flops for row in twins)
+        spent = [(row, (row.flops - dense) / dense) for row in group]
+        budgets = sorted({float(f"{more:.2g}") for row, more in spent if row.begin == CONTINUED})
+        if not budgets:
+            continue
+        spent += [(row, row.flops / dense) for row in others if row not in twins]
+        near = [(row, more, min(budgets, key=lambda budget, more=more: abs(budget / more - 1))) for row, more in spent]
+        kept = [(row, budget) for row, more, budget in near if abs(more / budget - 1) < _ALIKE]
+        ran = [Ran(_arm(row, [one for one, _ in kept]), budget, row) for row, budget in kept]
+        name = f"width {family[0]}, {family[1]} layers, {short(tokens)} tokens of the dense model"
+        speeds = timed[1] if timed and [timed[0].get(key) for key in _FAMILY] == family else {}
+        found.append(Comparison(name, len(found), ran, len(near) - len(kept), speeds))
+    return found
 
 
-def report(path: Path, out: Path) -> None:
-    """Write the page of a result into a folder, and print its verdict."""
-    page = page_of(read(path))
-    out.mkdir(parents=True, exist_ok=True)
-    write(page, out, Console(highlight=False))
+def _family(row: Row) -> list[Any]:
+    return [row.axes[name] for name in _FAMILY]
 
 
-def page_of(study: Study) -> Page:
+def _key(row: Row) -> list[Any]:
+    return [*_family(row), row.axes["dense"]]
+
+
+def _arm(row: Row, beside: Sequence[Row]) -> str:
+    """How a run came about, and of what shape or router it is where others that came about so are of another."""
+    alike = [one for one in beside if one.begin == row.begin]
+    words = [row.begin or SCRATCH]
+    words += [shape(row.axes)] * (len({shape(one.axes) for one in alike}) > 1)
+    words += [row.axes["router"]] * (len({one.axes["router"] for one in alike if one.experts > 1}) > 1)
+    return ", ".join(words)
+
+
+def page_of(name: str, rows: Sequence[Row], timed: tuple[dict[str, int], Speeds] | None) -> Page:
     """The page as data."""
-    facts = study.facts
-    subtitle = f"Commit {facts['commit']} · {facts['machine']} · {facts['date']} · means and standard errors over seeds"
-    seeds = sorted({run["seed"] for run in study.runs})
-    again = "Each run is an ordinary run; its own words are in the JSON file beside its figures. Speeds: one thread, the models in turn."
-    sections = [
-        Section("What is gained", figures=[_curves(study), _gains(study)], tables=[_table(study)]),
-        Section("What it costs to use", figures=_costs(study), tables=_speeds(study)),
-        Section("To make it again", [again], code=f"python -m benchmarks.upcycling --json FILE    # seeds {seeds}"),
+    found = comparisons(rows, timed)
+    done = sum(row.status == "done" for row in rows)
+    subtitle = f"{done} runs done of {len(rows)} · bits per byte, held out · means and standard errors over seeds"
+    answer, sections = [], []
+    for one in found:
+        also = f" ({one.name})" if len(found) > 1 else ""
+        answer += [line + also * (at == 0) for at, line in enumerate(verdict(one, budget) for budget in reversed(one.budgets))]
+        sections += [
+            Section(f"What is gained{also}", _left_out(one), [_table(one)], [_curves(one), _gains(one)]),
+            Section(f"What it costs to use{also}", _untimed(one), _speeds(one), _costs(one)),
+        ]
+    if not found:
+        answer = ["Nothing can be compared: no dense model that was trained on is done; add a part of `also` with experts: [1]."]
+    sections += [
+        Section("One law for all of them", one_law(rows)),
+        Section("Runs", tables=[*tables.lost(rows), tables.runs(rows)]),
+        again(name, rows, [f"moe study report {name}"]),
     ]
-    answer = [line for budget in reversed(study.budgets) for line in verdict(study, budget)]
-    return Page("Made sparse, or trained on as it is?", subtitle, answer, False, sections)
+    return Page(f"Made sparse, or trained on as it is? {name}", subtitle, answer, not found, sections)
 
 
-def verdict(study: Study, budget: float) -> list[str]:
+def verdict(study: Comparison, budget: float) -> str:
     """For a budget of extra training, which way is best, and what it costs in use."""
-    others = [arm for arm in study.arms if arm != DENSE]
-    best = max(others, key=lambda arm: study.gain(arm, budget).value)
-    gain = study.gain(best, budget)
     at = f"After {budget:g}x the dense model's FLOPs more"
+    gains = {arm: gain for arm in study.arms if arm != CONTINUED and (gain := study.gain(arm, budget)) is not None}
+    if not gains:
+        return f"{at}, nothing stands beside the dense model trained on."
+    best = max(gains, key=lambda arm: gains[arm].value)
+    gain = gains[best]
+    far = f"{_told(gain._replace(value=abs(gain.value)))} bits a byte"
     if gain.value <= _SURE * gain.error:
-        far = f"{abs(gain.value):.4f} ± {gain.error:.4f} bits a byte"
-        how = f"is {far} behind" if gain.value < 0 else f"gains {far}, no more than chance may"
-        return [f"{at}, nothing beats training the dense model on: the best, {best}, {how}."]
-    said = f"{at}, {best} is {gain.value:.4f} ± {gain.error:.4f} bits a byte better than the dense model trained on"
-    if best not in study.speeds or DENSE not in study.speeds:
-        return [f"{said}."]
-    rates = [f"{study.speed(best, f'write {n}') / study.speed(DENSE, f'write {n}'):.2f}x as fast at batch {n}" for n in study.batches]
-    return [f"{said}; it writes {', '.join(rates)}."]
+        how = f"is {far} behind" if gain.value <= 0 else f"gains {far}, no more than chance may"
+        return f"{at}, nothing beats training the dense model on: the best, {best}, {how}."
+    said = f"{at}, {best} is {far} better than the dense model trained on"
+    said += "" if gain.seeds > 1 else ", of one seed, so that it may be chance"
+    rates = []
+    for n in study.batches:
+        fast, dense = study.speed(best, f"{WRITE}{n}"), study.speed(CONTINUED, f"{WRITE}{n}")
+        if fast and dense:
+            rates.append(f"{fast / dense:.2f}x as fast at batch {n}")
+    return f"{said}; it writes {', '.join(rates)}." if rates else f"{said}."
 
 
-def _curves(study: Study) -> Figure:
+def one_law(rows: Sequence[Row]) -> list[str]:
+    """Whether the average number of parameters says more of all runs, however they began, than the final one."""
+    x, loss = points(rows)
+    for law in (JOURNEY, CHINCHILLA):
+        if reason := why_not(law, x, loss):
+            return [f"No law was fitted to all {len(loss)} runs, from scratch, continued and upcycled: {reason}."]
+    average, final = fit(JOURNEY, x, loss), fit(CHINCHILLA, x, loss)
+    nearer = "the average is nearer" if average.aicc < final.aicc else "the final number is nearer"
+    return [
+        f"One law of Chinchilla's form for all {len(loss)} runs, from scratch, continued and upcycled, with the tokens of both parts: over "
+        f"the number of active parameters averaged over those tokens (The Journey Matters) runs scatter around it by {average.spread:.2%} "
+        f"(AICc {average.aicc:.0f}), over the final number by {final.spread:.2%} (AICc {final.aicc:.0f}): {nearer}."
+    ]
+
+
+def _told(one: Mean) -> str:
+    return f"{one.value:.4f} ± {one.error:.4f}" if one.seeds > 1 else f"{one.value:.4f}"
+
+
+def _left_out(study: Comparison) -> list[str]:
+    spent = "extra FLOPs that no continued dense model spent"
+    return [f"{study.apart} runs are left out that took {spent}; rule iso_flop makes them equal."] if study.apart else []
+
+
+def _untimed(study: Comparison) -> list[str]:
+    if study.speeds:
+        return ["One thread, the models in turn; those of equal shape are equally fast."]
+    return ["How fast these models are was not measured: moe study run does so when all runs have ended, for the largest family."]
+
+
+def _curves(study: Comparison) -> Figure:
     series = []
     for number, arm in enumerate(study.arms):
-        means = [(budget, mean(list(study.bits(arm, budget).values()))) for budget in study.budgets]
+        means = study.means(arm)
         series.append(Series(arm, [(b, m.value) for b, m in means], "both", number, spans=[m.span for _, m in means]))
     xlabel = "extra training FLOPs / dense training FLOPs"
-    return Figure("bits", "Held-out bits per byte", xlabel, "bits per byte", series, caption="Bars: one standard error over seeds.")
+    caption = "Bars: one standard error over seeds."
+    return Figure(_named("bits", study), "Held-out bits per byte", xlabel, "bits per byte", series, caption=caption)
 
 
-def _gains(study: Study) -> Figure:
+def _named(name: str, study: Comparison) -> str:
+    return f"{name}_{study.number}" if study.number else name
+
+
+def _gains(study: Comparison) -> Figure:
     """Seed by seed, so that what a seed does to all arms falls out."""
-    series = [Series(DENSE, [(budget, 0.0) for budget in study.budgets], "line", 0, dashed=True)]
+    series = [Series(CONTINUED, [(budget, 0.0) for budget in study.budgets], "line", 0, dashed=True)]
     for number, arm in enumerate(study.arms):
-        if arm != DENSE:
-            means = [(budget, study.gain(arm, budget)) for budget in study.budgets]
+        means = [(budget, gain) for budget in study.budgets if (gain := study.gain(arm, budget)) is not None]
+        if arm != CONTINUED and means:
             series.append(Series(arm, [(b, m.value) for b, m in means], "both", number, spans=[m.span for _, m in means]))
+    xlabel, ylabel = "extra training FLOPs / dense training FLOPs", "bits per byte less"
     caption = "Against the dense model trained on with the same seed and the same FLOPs: above the line, sparse is better."
-    return Figure(
-        "gains", "Gained over training on", "extra training FLOPs / dense training FLOPs", "bits per byte less", series, caption=caption
-    )
+    return Figure(_named("gains", study), "Gained over training on", xlabel, ylabel, series, caption=caption)
 
 
-def _costs(study: Study) -> list[Figure]:
+def _costs(study: Comparison) -> list[Figure]:
     """Speed against batch, and quality against speed."""
-    timed = [arm for arm in study.arms if arm in study.speeds]
-    if DENSE not in timed or len(timed) < 2:
+    if not study.batches:
         return []
-    drawn, series, trade = [], [], []
-    for arm in timed:
-        number = study.arms.index(arm)
-        series.append(Series(arm, [(n, study.speed(arm, f"write {n}")) for n in study.batches], "both", number))
-        points = [(study.speed(arm, f"write {study.batches[0]}"), mean(list(study.bits(arm, b).values()))) for b in study.budgets]
-        words = [f"{arm}, +{told(budget)}x FLOPs" for budget in study.budgets]
-        spans = [m.span for _, m in points]
-        trade.append(Series(arm, [(x, m.value) for x, m in points], "dots", number, spans=spans, words=words))
-    drawn.append(
-        Figure("speed", "Writing", "sequences at once", "tokens a second", series, "log2", "log", "Greedy, token by token.", study.batches)
-    )
-    caption = "Lower is better, to the right is faster; one dot a budget, more training lower."
+    alone, kinds = f"{WRITE}{study.batches[0]}", {n: f"{WRITE}{n}" for n in study.batches}
+    shapes = {name: [(n, statistics.median(rates[kind])) for n, kind in kinds.items()] for name, rates in study.speeds.items()}
+    series = [Series(name, found, "both", number) for number, (name, found) in enumerate(shapes.items())]
+    name, caption = _named("speed", study), "Greedy, token by token."
+    drawn = [Figure(name, "Writing", "sequences at once", "tokens a second", series, "log2", "log", caption, study.batches)]
+    trade = []
+    for number, arm in enumerate(study.arms):
+        if (speed := study.speed(arm, alone)) is not None:
+            means = study.means(arm)
+            words = [f"{arm}, +{told(budget)}x FLOPs" for budget, _ in means]
+            dots = [(speed, m.value) for _, m in means]
+            trade.append(Series(arm, dots, "dots", number, spans=[m.span for _, m in means], words=words))
     xlabel = f"tokens a second, {study.batches[0]} sequence{'s' if study.batches[0] > 1 else ''} at once"
-    drawn.append(Figure("trade", "Quality against speed", xlabel, "bits per byte", trade, caption=caption))
-    return drawn
+    caption = "Lower is better, to the right is faster; one dot a budget, more training lower."
+    return [*drawn, Figure(_named("trade", study), "Quality against speed", xlabel, "bits per byte", trade, caption=caption)]
 
 
-def _table(study: Study) -> Table:
-    rows = []
+def _table(study: Comparison) -> Table:
+    lines = []
     for arm in study.arms:
-        run = next(run for run in study.runs if run["arm"] == arm)
-        means = [mean(list(study.bits(arm, budget).values())) for budget in study.budgets]
-        rows.append([arm, short(run["parameters"]), short(run["active"]), *(f"{m.value:.4f} ± {m.error:.4f}" for m in means)])
-    return Table("Held-out bits per byte", ["model", "N_total", "N_active", *(f"+{budget:g}x" for budget in study.budgets)], rows)
+        row, means = next(run.row for run in study.runs if run.arm == arm), dict(study.means(arm))
+        bits = [_told(means[budget]) if budget in means else "" for budget in study.budgets]
+        lines.append([arm, shape(row.axes), short(row.total), short(row.active), *bits])
+    return Table("Held-out bits per byte", ["begun", "model", "N_total", "N_active", *(f"+{budget:g}x" for budget in study.budgets)], lines)
 
 
-def _speeds(study: Study) -> list[Table]:
-    kinds = ["read", *(f"write {n}" for n in study.batches)]
-    rows = [[arm, *(f"{study.speed(arm, kind):,.0f}" for kind in kinds)] for arm in study.arms if arm in study.speeds]
-    return [Table("Tokens a second", ["model", *kinds], rows)] if rows else []
+def _speeds(study: Comparison) -> list[Table]:
+    kinds = [READ, *(f"{WRITE}{n}" for n in study.batches)]
+    lines = [[name, *(f"{statistics.median(rates[kind]):,.0f}" for kind in kinds)] for name, rates in study.speeds.items()]
+    return [Table("Tokens a second", ["model", *kinds], lines)] if lines else []

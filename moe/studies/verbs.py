@@ -70,21 +70,10 @@ def report(
     weight_bytes: WeightBytes = 2.0,
     draws: Annotated[int, typer.Option(min=20, help="Bootstraps, where the study is not fitted yet.")] = 200,
 ) -> None:
-    """Write a study's page, with a verdict in plain words."""
+    """Write a study's page, with a verdict in plain words; of upcycled models, what is gained and what each token then costs."""
     from moe.studies.report import report
 
     report(study, flops, memory, weight_bytes=weight_bytes, draws=draws)
-
-
-@study.command()
-def upcycling(
-    result: Annotated[Path, typer.Argument(help="JSON of benchmarks.upcycling.", metavar="RESULT")],
-    out: Annotated[Path, typer.Option(help="Folder for the page.")],
-) -> None:
-    """Write the page of an upcycling study: quality against the speed of use, beside the dense model trained on."""
-    from moe.studies.upcycling import report
-
-    report(result, out)
 
 
 @study.command()

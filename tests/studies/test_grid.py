@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ axes:
   tokens: [50_000, 100_000]
 scaling: {warmup: 5_000}
 """
+BEGUN = [
+    "axes.family=[{d_model: 32, layers: 2, heads: 2, d_ff: 96}]",
+    "axes.experts=[4]",
+    "axes.top_k=[2]",
+    "axes.router=[top_k]",
+    "axes.tokens=null",
+    "rule={name: iso_flop, values: [1.2e10, 2.4e10]}",
+    "axes.begin=[null, {dense: 50_000}, {dense: 50_000, variant: {name: drop, ratio: 0.25}}]",
+    "also=[{experts: [1], begin: [{dense: 50_000}, {dense: 50_000, variant: noise}]}]",
+]
+FOURTHS = "axes.begin=[{dense: 50_000, variant: {name: virtual_group, granularity: 4}}]"
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 
 
@@ -119,6 +131,76 @@ def test_a_trunk_that_only_one_run_would_leave_is_none(study):
     assert all(run.trunk is None for run in grid(study("means.trunks=false")))
 
 
+def test_what_begins_with_a_dense_twin_spends_the_budget_beyond_it(study):
+    runs = grid(study(*BEGUN))
+    [twin] = [run for run in runs if run.axes["experts"] == 1 and run.origin is None]
+    assert runs.index(twin) < min(runs.index(run) for run in runs if run.origin)
+    begun = [run for run in runs if run.origin]
+    assert [run.axes["begin"] for run in begun] == [
+        *["copy"] * 2, *["drop ratio=0.25 channels=common"] * 2, *["continued dense"] * 2,
+    ]  # fmt: skip
+    assert len(runs) == 1 + 2 + len(begun)  # the dense model has no variants
+    for run in begun:
+        assert run.origin.twin.id == twin.id
+        assert run.axes["dense"] == twin.tokens
+        assert run.flops == pytest.approx(run.axes["budget"], rel=0.05)
+        facts = run.facts()
+        assert facts["tokens"] == twin.tokens + run.tokens
+        assert facts["flops"] == twin.flops + run.flops
+        assert facts["average"] * facts["tokens"] == pytest.approx(twin.price.active * twin.tokens + run.price.active * run.tokens)
+        assert run.recipe.train.seed != twin.recipe.train.seed == run.axes["seed"]
+        assert run.recipe.origin == Path("studies/test/runs") / run.origin.id
+        assert run.trunk is not None
+        assert run.trunk.recipe.origin == run.recipe.origin
+    assert {run.origin.id == twin.id for run in begun if run.axes["experts"] == 1} == {True}
+    assert len({run.origin.id for run in begun}) == 3
+    assert all("begin" not in run.axes and run.facts()["average"] == run.price.active for run in runs if run.origin is None)
+
+
+def test_what_runs_begin_with_is_named_by_what_it_is_made_of(study):
+    ids = [run.id for run in grid(study(*BEGUN))]
+    assert [run.id for run in grid(study(*BEGUN, "means.folder=elsewhere"))] == ids
+    assert not {run.id for run in grid(study(*BEGUN, "scaling.lr=1e-3")) if run.origin} & set(ids)
+    seeds = grid(study(*BEGUN, "axes.seed=[0, 1]"))
+    assert len(seeds) == 2 * len(ids)
+    assert set(ids) < {run.id for run in seeds}
+
+
+def test_a_twin_is_a_run_like_others_and_may_be_one_of_them(study):
+    runs = grid(
+        study(
+            *BEGUN[:-3], "axes.begin=[{dense: 50_000}]", "axes.tokens=[100_000]", "also=[{experts: [1], begin: [null], tokens: [50_000]}]"
+        )
+    )
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["axes.granularity=[2]"], r"width 48 \(granularity 2\) as copy, which makes experts of width 96 .*write axes.granularity: \[1\]"),
+        ([FOURTHS], r"makes experts of width 24 .* write axes.granularity: \[4\]"),
+        ([FOURTHS, "axes.granularity=[4]"], "does not choose whole groups of granularity=4"),
+        (["axes.router=[{name: top_k, normalize: none}]"], r"their router \(name=top_k, normalize=none\) does not weigh"),
+        (["axes.router=[sigma]"], r"their router \(name=sigma\) does not weigh"),
+        (["axes.begin=[{dense: 5_000}]"], "5,000 tokens are 10 steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made_of_a_twin_is_a_sentence(study, words, sentence):
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        grid(study(*BEGUN, *words))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_shared_expert_and_layers_that_stay_dense_are_made_too(study):
+    also = "also.0={experts: [1], begin: [{dense: 50_000}]}"
+    runs = grid(study(*BEGUN, also, "recipe.model.moe={first_dense: 1, d_shared: 32}", "axes.begin=[{dense: 50_000}]"))
+    [asked] = {json.dumps(run.origin.asked) for run in runs if run.origin and run.origin.asked}
+    assert json.loads(asked) == {
+        "experts": 4, "top_k": 2, "variant": "copy", "settings": {}, "layers": "1", "seed": 0, "d_shared": 32,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -151,6 +233,8 @@ def test_what_cannot_be_met_is_a_sentence(study, words, sentence):
         ("rule.tolerance=0.1", "has no effect with rule.name=grid"),
         ("scaling={schedule: cosine, decay: 0.1}", "has no effect with scaling.schedule=cosine"),
         ("axes.tokens=null", "axes.tokens is missing"),
+        ("axes.begin=[{}]", "axes.begin.0.dense is missing"),
+        ("axes.begin=[{dense: 9, variant: dropp}]", "did you mean drop"),
         ("aim.law=chinchila", "did you mean chinchilla"),
     ],
 )

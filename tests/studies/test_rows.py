@@ -111,6 +111,20 @@ def test_a_run_is_known_by_what_it_learns_from_and_a_trunk_at_any_length():
     assert of(schedule=trunk, train={"steps": 5}) == of(schedule=trunk, train={"steps": 6})
 
 
+def test_what_a_run_begins_with_counts_by_its_name_alone():
+    def of(**init):
+        return identity(Recipe.model_validate({"init": init}))
+
+    assert of(**{"from": "studies/a/runs/0123"}) == of(**{"from": "/elsewhere/0123"})
+    assert len({of(**{"from": "runs/0123"}), of(**{"from": "runs/4567"}), of()}) == 3
+
+
+def test_a_row_says_how_its_run_began(tmp_path):
+    append(tmp_path, row("a"))
+    append(tmp_path, row("b", axes={"lr_factor": 1.0, "begin": "copy", "dense": 500}))
+    assert [one.begin for one in read(tmp_path)] == [None, "copy"]
+
+
 def test_fits_see_the_runs_that_are_done_at_the_rate_of_the_rule(tmp_path):
     of_two = row("d", experts=8, sparsity=0.75, loss=2.25)
     rows = [row("a"), row("b", axes={"lr_factor": 2.0}), row("c", status="diverged", loss=None), of_two]

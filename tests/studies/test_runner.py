@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -59,16 +58,6 @@ def study(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(SMALL.replace("PATH", str(text / "*.txt")))
     return lambda *words: load([file], [f"means.folder={tmp_path / 'study'}", *words], Study)
-
-
-@pytest.fixture
-def trainer(tmp_path, monkeypatch):
-    """Processes of a study run the stand-in."""
-    script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {Path(__file__).parent / "trainer.py"} "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(runner, "_LOOK_SECONDS", 0.02)
 
 
 def crew(study, runs, *, share=Share(), again=None, **means):
