@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from scipy.interpolate import CubicSpline
+from scipy.optimize import nnls
 
 from moe.studies.laws import Column
 from moe.studies.optimum import DENSE, Choice, Family, Sizes, six
 from moe.studies.rows import Row
+
+_LOOKED_UP = 0.5  # of a model's parameters at most are an embedding, with which nothing is multiplied
 
 
 def choice_of(row: Row) -> Choice:
@@ -24,25 +28,63 @@ def choices(rows: Sequence[Row]) -> list[Choice]:
 
 
 def family(rows: Sequence[Row]) -> Family:
-    """Sizes and prices of models like these, and larger ones.
-
-    The parameters that no expert replaces (embeddings, attention) and the FLOPs a token beyond six a parameter are powers of the dense
-    twin's size.
-    """
-    sparse = [row for row in rows if row.experts > 1]
-    bases = np.array([row.base for row in sparse], float)
-    outside = np.array([row.base - _replaced(row) for row in sparse], float)
-    kept = _power(bases, np.maximum(outside, 1), alone=1.0) if sparse else None
-    every = np.array([row.base for row in rows], float)
-    beyond = _power(every, np.array([row.flops / row.tokens / (6 * row.active) for row in rows]), alone=0.0)
+    """Sizes and prices of models like these, and larger ones."""
+    line = _Line(rows)
 
     def replaced(base: Column) -> Column:
-        return np.zeros_like(base) if kept is None else np.maximum(base - kept(base), 0)
+        return line.replaced * line.place(base)[1]
+
+    def extra(base: Column, experts: int) -> Column:
+        width, square = line.place(base)
+        return (line.router * experts + line.shared) * square / width
 
     def price(sizes: Sizes, choice: Choice) -> Column:
-        return six(sizes, choice) * beyond(sizes.base)
+        width, square = line.place(sizes.base)
+        cost = six(sizes, choice)
+        return np.maximum(cost + line.by_width * width + line.by_depth * square / width, (1 - _LOOKED_UP) * cost)
 
-    return Family(replaced, price)
+    return Family(replaced, price, extra)
+
+
+class _Line:
+    """A line of models along the size of their dense twin.
+
+    Embeddings and norms go with the width d, attention and feed-forward layers with d² · depth; routers, shared experts and attention's
+    scores with d · depth. That is exact where depth is a power of the width, and heads and layers keep their proportions.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        sparse = [row for row in rows if row.experts > choice_of(row).top_k]  # a token that meets all experts tells nothing
+        known = sparse or rows
+        width, square, base = _width(known), _square(known), np.array([row.base for row in known], float)
+        inside = np.array([_replaced(row) for row in sparse]) if sparse else np.zeros_like(base)
+        self.replaced = float(np.mean(inside / square))
+        (layers, embedding), _ = nnls(np.stack([square, width], 1) / base[:, None], 1 - inside / base)
+        self.power, self.start = _power(square, width)
+        at = np.linspace(-20, 80, 2501)  # logarithms of d² · depth
+        whole = embedding * np.exp(self.start + self.power * at) + (layers + self.replaced) * np.exp(at)
+        self.log_square = CubicSpline(np.log(whole), at)  # of log base
+
+        many = np.array([row.experts for row in sparse], float)
+        met = [row.active - row.base - (choice_of(row).top_k / row.granularity - 1) * _replaced(row) for row in sparse]
+        deep = square / width
+        self.router, self.shared = _solved([many * deep, deep], np.array(met), base) if sparse else (0.0, 0.0)
+        every, cost = _width(rows), np.array([6 * row.average for row in rows])
+        beyond = np.array([row.flops / row.tokens for row in rows]) - cost
+        self.by_width, self.by_depth = _solved([every, _square(rows) / every], beyond, cost)
+
+    def place(self, base: Column) -> tuple[Column, Column]:
+        """Width, and d² · depth, of the twin of so many parameters."""
+        at = self.log_square(np.log(base))
+        return np.exp(self.start + self.power * at), np.exp(at)
+
+
+def _width(rows: Sequence[Row]) -> Column:
+    return np.array([row.axes["d_model"] for row in rows], float)
+
+
+def _square(rows: Sequence[Row]) -> Column:
+    return _width(rows) ** 2 * np.array([row.axes["layers"] for row in rows], float)
 
 
 def _replaced(row: Row) -> float:
@@ -51,8 +93,15 @@ def _replaced(row: Row) -> float:
     return (row.total - row.active) * choice.granularity / (choice.experts - choice.top_k)
 
 
-def _power(x: Column, y: Column, *, alone: float) -> Callable[[Column], Column]:
-    """The power of x that y follows, as a function; `alone`: its exponent where x has but one value."""
-    slope = np.polyfit(np.log(x), np.log(y), 1)[0] if len(np.unique(x)) > 1 else alone
-    start = np.mean(np.log(y) - slope * np.log(x))
-    return lambda size: np.exp(start + slope * np.log(size))
+def _power(x: Column, y: Column) -> tuple[float, float]:
+    """Exponent and log factor of the power of x that y follows; a square root where x has but one value."""
+    slope = float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(np.unique(x)) > 1 else 0.5
+    return slope, float(np.mean(np.log(y) - slope * np.log(x)))
+
+
+def _solved(columns: Sequence[Column], y: Column, scale: Column) -> tuple[float, ...]:
+    """Factors of the columns whose sum is y, in shares of `scale`; the smallest where many would do."""
+    sizes = [float(np.mean(column)) for column in columns]
+    left = np.stack([column / size / scale for column, size in zip(columns, sizes, strict=True)], 1)
+    factors = np.linalg.lstsq(left, y / scale, rcond=1e-9)[0]
+    return tuple(float(factor / size) for factor, size in zip(factors, sizes, strict=True))

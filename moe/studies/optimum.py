@@ -11,9 +11,10 @@ from scipy.optimize import brentq
 from moe.errors import ConfigError
 from moe.studies.laws import Column, Law
 
-_LOW, _HIGH, _GRID = 1e4, 1e15, 400  # parameters of the dense twin, and between how many of them the search begins
-_STEP = 1e-4
+_LEAST, _GRID = 1e4, 400  # parameters of the smallest dense twin that is asked about, and sizes at which the search begins
+_STEP, _NEAR = 1e-4, 1e-8  # in log size: of the slope, and how near the search comes to the largest model that is affordable
 _DENSER = (0.05, 1e4)  # how many times the FLOPs a dense model is given to catch up
+_MISSED = 10.0  # nats
 
 
 class Budget(NamedTuple):
@@ -23,6 +24,14 @@ class Budget(NamedTuple):
     total: float = np.inf  # parameters at most, of a memory
     active: float = np.inf  # parameters that a token meets at most, of what a written token may cost
     served: float = 0.0  # tokens that the model will write or read afterwards, of the same FLOPs
+
+    @property
+    def limited(self) -> bool:
+        return bool(np.isfinite(min(self.total, self.active)))
+
+    def __str__(self) -> str:
+        words = f"{self.flops:g}".replace("e+", "e") + " FLOPs"
+        return words + f", out of which {self.served:g}".replace("e+", "e") + " tokens are served," if self.served else words
 
 
 class Choice(NamedTuple):
@@ -54,10 +63,12 @@ class Family(NamedTuple):
 
     replaced: Callable[[Column], Column]  # of a dense model's parameters, those in the layers that experts take the place of
     price: Callable[[Sizes, Choice], Column]  # FLOPs a token, forward and backward
+    extra: Callable[[Column, int], Column] = lambda base, experts: 0 * base  # parameters that come with so many experts: routers
 
     def sizes(self, base: Column, choice: Choice) -> Sizes:
         replaced, (experts, top_k, granularity) = self.replaced(base), choice
-        return Sizes(base, base + (top_k / granularity - 1) * replaced, base + (experts / granularity - 1) * replaced)
+        outside = base - replaced + (self.extra(base, experts) if experts > 1 else 0)
+        return Sizes(base, outside + top_k / granularity * replaced, outside + experts / granularity * replaced)
 
 
 def six(sizes: Sizes, choice: Choice) -> Column:
@@ -79,6 +90,11 @@ class Optimum(NamedTuple):
     loss: float
     slope: float  # of the loss in log size: zero but for rounding, unless a limit was met
     limit: str | None  # "memory" or "inference": which one keeps the model from growing
+
+    @property
+    def least(self) -> bool:
+        """Whether it is the smallest model that is asked about, and the best one still smaller."""
+        return self.base < _LEAST * (1 + 1e-9) and self.slope > 0
 
 
 def points_of(sizes: Sizes, tokens: Column, choice: Choice) -> dict[str, Column]:
@@ -102,27 +118,22 @@ def optimum(law: Law, values: Mapping[str, float], budget: Budget, choice: Choic
 
     def loss(log_base: Any) -> Column:
         sizes = family.sizes(np.exp(np.atleast_1d(np.asarray(log_base, float))), choice)
-        bought = tokens(sizes)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.where(bought >= 1, law.loss(values, points_of(sizes, np.maximum(bought, 1), choice)), np.inf)
+        return law.loss(values, points_of(sizes, np.maximum(tokens(sizes), _NEAR), choice))
 
     def slope(at: float) -> float:
-        a, b, c, d = loss(at + _STEP * np.array([-2, -1, 1, 2]))
-        return float(a - 8 * b + 8 * c - d) / (12 * _STEP)
+        step = min(_STEP, (end - at) / 4)
+        a, b, c, d = loss(at + step * np.array([-2, -1, 1, 2]))
+        return float(a - 8 * b + 8 * c - d) / (12 * step)
 
-    top, limit = _top(family, choice, budget)
-    grid = np.linspace(np.log(_LOW), top, _GRID)
-    losses = loss(grid)
-    if not np.isfinite(losses).any():
-        raise ConfigError(f"a budget of {budget.flops:g} FLOPs trains no model of {choice}, not even for a token; raise it")
-    at = int(np.argmin(losses))
-    near = float(grid[at])
-    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, _GRID - 1)])
-    if np.isfinite(loss(high + 2 * _STEP))[0] and slope(low) < 0 < slope(high):
-        root: Any = brentq(slope, low, high, xtol=1e-13)
-        near = float(root)
-    if near < top:
-        limit = None
+    end = _end(family, choice, budget)
+    top, limit = _top(family, choice, budget, end)
+    near = top
+    if slope(top) > 0:
+        grid = np.linspace(np.log(_LEAST), top, _GRID)
+        at = int(np.argmin(loss(grid)))
+        low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, _GRID - 1)])
+        root: Any = brentq(slope, low, high, xtol=1e-13) if slope(low) < 0 else low
+        near, limit = float(root), None
     sizes = family.sizes(np.exp(np.array([near])), choice)
     base, active, total = (float(column[0]) for column in sizes)
     return Optimum(choice, base, active, total, float(tokens(sizes)[0]), float(loss(near)[0]), slope(near), limit)
@@ -137,7 +148,11 @@ def dense_multiple(law: Law, values: Mapping[str, float], budget: Budget, loss: 
     """How many times the FLOPs a dense model needs for a loss, within the same memory and inference; None if none are enough."""
 
     def short(log_times: float) -> float:
-        return optimum(law, values, budget._replace(flops=budget.flops * float(np.exp(log_times))), DENSE, family).loss - loss
+        asked = budget._replace(flops=budget.flops * float(np.exp(log_times)))
+        try:
+            return min(optimum(law, values, asked, DENSE, family).loss - loss, _MISSED)
+        except ConfigError:  # of so little no dense model can be had
+            return _MISSED
 
     low, high = np.log(_DENSER)
     if short(high) > 0:
@@ -152,24 +167,50 @@ def check(budget: Budget) -> None:
     """Raise ConfigError if a budget is none."""
     for name, value in budget._asdict().items():
         if not value >= 0 or (value == 0 and name != "served"):
-            raise ConfigError(f"a budget of {name}={value:g} is none; give a number above 0")
-    if not np.isfinite(budget.flops + budget.served):
-        raise ConfigError(f"a budget of {budget.flops:g} FLOPs is none; give a finite number, such as 1e21")
+            raise ConfigError(
+                f"a budget of {name}={value:g} is none; give {'0 or a number above it' if name == 'served' else 'a number above 0'}"
+            )
+    for name in ("flops", "served"):
+        if not np.isfinite(getattr(budget, name)):
+            raise ConfigError(f"a budget of {name}={getattr(budget, name):g} is none; give a finite number, such as 1e21")
 
 
-def _top(family: Family, choice: Choice, budget: Budget) -> tuple[float, str | None]:
+def _smallest(choice: Choice) -> str:
+    dense = f"a dense model of {_LEAST:,.0f} parameters, the smallest that is asked about"
+    return dense if choice == DENSE else f"{choice}, in the layers of {dense}"
+
+
+def _end(family: Family, choice: Choice, budget: Budget) -> float:
+    """The logarithm of the dense twin of the model that a budget trains for one token."""
+
+    def over(log_base: float) -> float:
+        sizes = family.sizes(np.exp(np.array([log_base])), choice)
+        return float(np.log(family.price(sizes, choice) + 2 * sizes.active * budget.served)[0] - np.log(budget.flops))
+
+    low = float(np.log(_LEAST))
+    if over(low) >= 0:
+        more = "raise --flops, or lower --served" if budget.served else "raise --flops"
+        raise ConfigError(f"{budget} pay for no token of training of {_smallest(choice)}; {more}")
+    high = low + 1
+    while over(high) < 0:
+        high += 2
+    root: Any = brentq(over, low, high, xtol=1e-12)
+    return float(root)
+
+
+def _top(family: Family, choice: Choice, budget: Budget, end: float) -> tuple[float, str | None]:
     """The logarithm of the largest dense twin within the limits, and which of them it is."""
-    top, limit = float(np.log(_HIGH)), None
-    for name, most, column in (("memory", budget.total, 2), ("inference", budget.active, 1)):
+    low, top, limit = float(np.log(_LEAST)), end - _NEAR, None
+    for name, option, most, column in (("memory", "--memory", budget.total, 2), ("inference", "--active", budget.active, 1)):
 
         def room(log_base: float, column: int = column, most: float = most) -> float:
             return float(np.log(family.sizes(np.exp(np.array([log_base])), choice)[column][0]) - np.log(most))
 
         if room(top) <= 0:
             continue
-        if room(float(np.log(_LOW))) >= 0:
-            unit = "parameters in all" if name == "memory" else "parameters that a token meets"
-            raise ConfigError(f"no model of {choice} has as few as {most:g} {unit}; raise the limit of {name}, or ask for fewer experts")
-        root: Any = brentq(room, np.log(_LOW), top, xtol=1e-12)
+        if room(low) >= 0:
+            of = "in all" if name == "memory" else "that a token meets"
+            raise ConfigError(f"{option} leaves {most:,.6g} parameters {of}, too few for {_smallest(choice)}; raise the limit of {name}")
+        root: Any = brentq(room, low, top, xtol=1e-12)
         top, limit = float(root), name
     return top, limit

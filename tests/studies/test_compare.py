@@ -71,7 +71,7 @@ def test_sizes_and_prices_of_other_models_follow_those_that_were_run():
     sizes = line.sizes(np.array([float(unseen.base)]), choice_of(unseen))
     assert sizes.total[0] == pytest.approx(unseen.total, rel=0.05)
     assert sizes.active[0] == pytest.approx(unseen.active)
-    assert line.price(sizes, choice_of(unseen))[0] == pytest.approx(unseen.flops / unseen.tokens, rel=1e-6)
+    assert line.price(sizes, choice_of(unseen))[0] == pytest.approx(unseen.flops / unseen.tokens, rel=0.03)
 
 
 def test_what_was_fitted_is_read_back_until_rows_are_added(tmp_path):

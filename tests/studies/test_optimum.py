@@ -101,7 +101,50 @@ def test_budgets_that_are_none_are_refused():
         optimum(CHINCHILLA, PAPER, Budget(1e20, active=float("nan")))
     with pytest.raises(ConfigError, match="knows nothing of tokens"):
         optimum(CLARK, CLARK.published["hash"], Budget(1e20))
-    with pytest.raises(ConfigError, match="as few as 10 parameters in all"):
-        optimum(CHINCHILLA, PAPER, Budget(1e20, total=10))
-    with pytest.raises(ConfigError, match="not even for a token"):
-        optimum(CHINCHILLA, PAPER, Budget(10))
+    with pytest.raises(ConfigError, match="served=inf"):
+        optimum(CHINCHILLA, PAPER, Budget(1e20, served=float("inf")))
+
+
+SMALLEST = "a dense model of 10,000 parameters, the smallest that is asked about; raise "
+
+
+@pytest.mark.parametrize(("budget", "choice", "said"), [
+    (Budget(1e20, total=5000), Choice(), f"--memory leaves 5,000 parameters in all, too few for {SMALLEST}the limit of memory"),
+    (Budget(1e20, active=10), Choice(4), "--active leaves 10 parameters that a token meets, too few for 4 experts, top-1, granularity 1, "
+     f"in the layers of {SMALLEST}the limit of inference"),
+    (Budget(10), Choice(), f"10 FLOPs pay for no token of training of {SMALLEST}--flops"),
+    (Budget(1e21, served=1e30), Choice(), "1e21 FLOPs, out of which 1e30 tokens are served, pay for no token of training of "
+     f"{SMALLEST}--flops, or lower --served"),
+])  # fmt: skip
+def test_budgets_of_no_model_that_is_asked_about_say_what_to_change(budget, choice, said):
+    with pytest.raises(ConfigError) as raised:
+        optimum(CHINCHILLA, PAPER, budget, choice)
+    assert str(raised.value) == said
+
+
+@pytest.mark.parametrize(("flops", "served", "experts"), [
+    (4.927e16, 1.257e11, 2), (6.64e17, 7.91e12, 1), (9.287e18, 2.5878e13, 1), (2.4683e17, 4.9766e12, 1), (1e15, 0, 1), (1e38, 0, 16),
+])  # fmt: skip
+def test_the_optimum_is_found_beside_the_largest_model_that_is_affordable(flops, served, experts):
+    found = optimum(ABNAR, OF_ABNAR, Budget(flops, served=served), Choice(experts))
+    base = found.base * np.exp(np.linspace(-0.5, 0.5, 100_001))
+    sizes = Family(lambda base: base, six).sizes(base, Choice(experts))
+    tokens = (flops - 2 * sizes.active * served) / (6 * sizes.active)
+    x = {"total": sizes.total, "tokens": np.maximum(tokens, 1e-300), "sparsity": np.full_like(base, 1 - 1 / experts)}
+    assert found.tokens > 1
+    assert found.loss <= ABNAR.loss(OF_ABNAR, x)[tokens > 0].min() * (1 + 1e-9)
+    assert not found.least
+
+
+def test_a_best_model_below_the_smallest_that_is_asked_about_is_marked():
+    served = optimum(CHINCHILLA, PAPER, Budget(1e14, served=4.9e9))
+    assert served.least
+    assert served.base == pytest.approx(1e4)
+    assert served.slope > 0
+
+
+def test_dense_models_of_which_no_size_is_affordable_are_passed_over():
+    budget = Budget(1e20, served=4e15)  # of a twentieth of it, not even the smallest dense model would be served
+    loss = optimum(LUDZIEJEWSKI, JOINT, budget).loss
+    assert dense_multiple(LUDZIEJEWSKI, JOINT, budget, loss) == pytest.approx(1, rel=1e-4)
+    assert dense_multiple(LUDZIEJEWSKI, JOINT, Budget(1e20, total=1e3), loss) is None
