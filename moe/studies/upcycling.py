@@ -210,7 +210,9 @@ def _left_out(study: Comparison) -> list[str]:
 
 def _untimed(study: Comparison) -> list[str]:
     if study.speeds:
-        return ["One thread, the models in turn; those of equal shape are equally fast."]
+        later = sorted({shape(run.row.axes) for run in study.runs} - study.speeds.keys())
+        also = f" Not among them, as they were not there to begin with: {', '.join(later)}." if later else ""
+        return [f"One thread, the models in turn; those of equal shape are equally fast.{also}"]
     return ["How fast these models are was not measured: moe study run does so when all runs have ended, for the largest family."]
 
 

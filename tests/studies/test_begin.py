@@ -21,14 +21,15 @@ from moe.checkpoint.weights import load_weights
 from moe.config import load
 from moe.errors import ConfigError
 from moe.studies import runner, speeds
-from moe.studies.board import Share
+from moe.studies.board import Board, Share
 from moe.studies.compare import columns
 from moe.studies.form import Means, Study
 from moe.studies.grid import grid
+from moe.studies.job import Job, Outcome, row_of
 from moe.studies.price import Pace, estimate
-from moe.studies.rows import RUNS, check_unedited, latest
+from moe.studies.rows import RUNS, append, check_unedited, latest
 from moe.studies.status import show
-from tests.studies.test_runner import crew, fork, table
+from tests.studies.test_runner import PACE, crew, fork, table
 
 BEGUN = """
 recipe:
@@ -92,6 +93,28 @@ def test_the_twin_and_each_conversion_are_made_once_and_then_go(study, trainer, 
     assert not list((folder / RUNS).glob("*.gone"))
 
 
+def test_nothing_starts_before_what_it_begins_with_is_known_to_be_whole(study, tmp_path):
+    runs, folder = grid(study(*COPY)), tmp_path / "study"
+    board = crew(study(), runs).board
+    run = next(run for run in runs if run.origin)
+    conversion = Job(run.origin.id, None, 0, None, 1.0, run.origin)
+    jobs = [conversion, Job(run.trunk.id, run.trunk.recipe, run.trunk.start, None, 1.0)]
+    alone = Board(folder, [one._replace(trunk=None) for one in runs], Means(), PACE)
+    mine = Job(run.id, run.recipe, run.recipe.train.steps, alone.runs[run.id], 1.0)
+    for name in (run.origin.twin.id, run.origin.id):
+        assert not any(board.ready(job) for job in jobs)
+        assert not alone.ready(mine)
+        (folder / RUNS / name / "weights").mkdir(parents=True)  # of a process whose end is not recorded yet
+    assert not any(board.ready(job) for job in jobs)
+    assert not alone.ready(mine)
+    twin = board.runs[run.origin.twin.id]
+    append(folder, row_of(folder, twin, Outcome("failed", "it was"), "c" * 64, 1.0)._replace(status="done"))
+    assert [board.ready(job) for job in jobs] == [False, True]  # the mixture is there
+    assert alone.ready(mine)
+    (folder / RUNS / run.origin.id / "weights").rmdir()
+    assert [board.ready(job) for job in jobs] == [True, False]
+
+
 def test_weights_stay_while_speeds_are_to_be_measured_on_them(study, trainer, tmp_path):
     runs, folder = grid(study()), tmp_path / "study"
     crew(study(), runs).work(3)
@@ -101,6 +124,24 @@ def test_weights_stay_while_speeds_are_to_be_measured_on_them(study, trainer, tm
     timed(folder)
     crew(study(), runs).work(1)
     assert not list((folder / RUNS).glob("*/weights"))
+
+
+def test_speeds_of_models_whose_weights_are_gone_are_not_measured(study, tmp_path):
+    said = speeds.measure(tmp_path / "study", grid(study()))
+    assert said == "how fast the models are in use was not measured: weights of 4 experts top-2, dense are gone"
+    assert speeds.measure(tmp_path / "study", [run for run in grid(study()) if run.origin is None]) is None
+
+
+def test_a_twin_may_leave_a_trunk_that_other_dense_runs_share(study, trainer, tmp_path):
+    words = ("rule={name: grid}", "also=[]", "axes.experts=[1]", "axes.tokens=[5_120]", "axes.begin=[null, {dense: 2_560}]")
+    runs, folder = grid(study(*words)), timed(tmp_path / "study")
+    [one, twin, further] = runs
+    assert one.trunk.id == twin.trunk.id
+    assert further.origin.id == twin.id
+    crew(study(), runs).work(2)
+    assert {row.status for row in latest(folder).values()} == {"done"}
+    assert all(len(set(steps)) == len(steps) for steps in steps_of(folder).values())
+    assert len(steps_of(folder)[twin.id]) < 20
 
 
 def test_a_longer_study_trains_the_twin_again_whose_weights_are_gone(study, trainer, tmp_path):
@@ -226,7 +267,7 @@ def test_a_design_is_judged_by_its_runs_from_scratch_and_where_it_has_an_aim(stu
     runner._judge(study(), grid(study()), Console(width=200))
     assert "the study names no aim" in capsys.readouterr().out
     aimed = study("aim={law: chinchilla}")
-    with pytest.raises(ConfigError, match="needs runs of at least 3 values of each column"):
+    with pytest.raises(ConfigError, match="or say in aim.go_on why to start all the same"):
         runner._judge(aimed, grid(aimed), Console(width=200))
 
 

@@ -96,6 +96,8 @@ def test_arms_of_several_shapes_and_families_stand_apart():
     assert first.gain("copy, 8 experts top-2", 1.0).value == pytest.approx(0.6, abs=0.01)
     assert second.arms == [CONTINUED, "copy", SCRATCH]
     assert (first.batches, second.batches) == ([], [1, 8, 64])
+    words = page_of("study", [*rows(), one("copy", 8, 1.0, 0, 1.5)], timed()).sections[1].words
+    assert words[0].endswith("Not among them, as they were not there to begin with: 8 experts top-2.")
     names = [figure.name for section in page_of("study", made, timed(96)).sections for figure in section.figures]
     assert len(names) == len(set(names)) == 2 + 4
 
