@@ -30,8 +30,14 @@ class Budget(NamedTuple):
         return bool(np.isfinite(min(self.total, self.active)))
 
     def __str__(self) -> str:
-        words = f"{self.flops:g}".replace("e+", "e") + " FLOPs"
-        return words + f", out of which {self.served:g}".replace("e+", "e") + " tokens are served," if self.served else words
+        served = f", out of which {compute(self.served)} tokens are served," if self.served else ""
+        return f"{compute(self.flops)} FLOPs{served}"
+
+
+def compute(flops: float) -> str:
+    """FLOPs in three digits, as they are typed: 3e18."""
+    front, _, power = f"{flops:.3g}".partition("e")
+    return f"{front}e{int(power)}" if power else front
 
 
 class Choice(NamedTuple):
@@ -175,7 +181,8 @@ def check(budget: Budget) -> None:
             raise ConfigError(f"a budget of {name}={getattr(budget, name):g} is none; give a finite number, such as 1e21")
 
 
-def _smallest(choice: Choice) -> str:
+def smallest(choice: Choice) -> str:
+    """The smallest model of a choice that is asked about, in words."""
     dense = f"a dense model of {_LEAST:,.0f} parameters, the smallest that is asked about"
     return dense if choice == DENSE else f"{choice}, in the layers of {dense}"
 
@@ -190,7 +197,7 @@ def _end(family: Family, choice: Choice, budget: Budget) -> float:
     low = float(np.log(_LEAST))
     if over(low) >= 0:
         more = "raise --flops, or lower --served" if budget.served else "raise --flops"
-        raise ConfigError(f"{budget} pay for no token of training of {_smallest(choice)}; {more}")
+        raise ConfigError(f"{budget} pay for no token of training of {smallest(choice)}; {more}")
     high = low + 1
     while over(high) < 0:
         high += 2
@@ -210,7 +217,7 @@ def _top(family: Family, choice: Choice, budget: Budget, end: float) -> tuple[fl
             continue
         if room(low) >= 0:
             of = "in all" if name == "memory" else "that a token meets"
-            raise ConfigError(f"{option} leaves {most:,.6g} parameters {of}, too few for {_smallest(choice)}; raise the limit of {name}")
+            raise ConfigError(f"{option} leaves {most:,.6g} parameters {of}, too few for {smallest(choice)}; raise the limit of {name}")
         root: Any = brentq(room, low, top, xtol=1e-12)
         top, limit = float(root), name
     return top, limit

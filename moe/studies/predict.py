@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ from rich.table import Table
 from moe.errors import ConfigError
 from moe.studies import LAWS
 from moe.studies.laws import Column, Law
-from moe.studies.optimum import DENSE, PLAIN, Budget, Choice, Family, Optimum, Sizes, best, check, dense_multiple, six
+from moe.studies.optimum import DENSE, PLAIN, Budget, Choice, Family, Optimum, Sizes, best, compute, dense_multiple, six, smallest
 from moe.tables import entry, nearest
 
 VOCABULARY = 32_000  # of the models that the joint law is asked about: its parameters count embeddings
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_NUMBER = re.compile(r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)?(?:\.\d*)?)(e[+-]?\d+)?\s*([a-z]*)", re.ASCII)
 
 
 class Published(NamedTuple):
@@ -25,7 +27,7 @@ class Published(NamedTuple):
     values: str
     family: Family
     choices: tuple[Choice, ...]
-    flops: tuple[float, float] | None = None  # of the smallest and the largest run behind the values, where known
+    runs: tuple[float, float] | str  # FLOPs of the smallest and the largest run behind the values; words, where they are not recorded
     dense: str | None = None  # the values of a dense model, where they are others
     note: str = ""
 
@@ -58,7 +60,8 @@ _FINE = tuple(Choice(64 * cut, cut, cut) for cut in (1, 2, 4, 8, 16))
 PUBLISHED = {
     "chinchilla": Published("paper", PLAIN, (DENSE,), (6e18, 3e21), note="It knows dense models alone."),
     "krajewski": Published(
-        "64 experts", Family(lambda base: 2 / 3 * base, _price_of_fine), _FINE, dense="dense",
+        "64 experts", Family(lambda base: 2 / 3 * base, _price_of_fine), _FINE, "How large its runs were is not recorded here",
+        dense="dense",
         note="64 times the parameters of the dense layers, granularity 1 to 16; parameters without embeddings.",
     ),
     "abnar": Published(
@@ -67,6 +70,7 @@ PUBLISHED = {
     ),
     "ludziejewski": Published(
         "paper", Family(_replaced_in_joint, six), _ONE_OF,
+        "Its runs had at most 2.7B active parameters and 5B in all; their FLOPs are not recorded here",
         note=f"Top-1 of 1 to 32 experts; parameters with embeddings of {VOCABULARY:,} tokens.",
     ),
 }  # fmt: skip
@@ -81,21 +85,22 @@ class Prediction(NamedTuple):
 
     law: Law
     published: Published
+    budget: Budget
     found: list[Optimum]  # one a choice, the best first
     dense: float | None  # times the FLOPs with which a dense model would be as good; None: within these limits, none
 
     @property
     def beyond(self) -> str:
-        """How far the budget lies outside the runs behind the law, in a sentence; empty if it does not, or nothing is known of them."""
-        if self.published.flops is None:
-            return ""
-        low, high = self.published.flops
+        """How far the budget lies outside the runs behind the law, in a sentence; empty if it does not."""
+        runs = self.published.runs
+        if isinstance(runs, str):
+            return f"{runs}, so whether this goes beyond them is not known."
+        low, high = runs
         flops = _training_flops(self.found[0], self.published.family)
         if low <= flops <= high:
             return ""
-        times = flops / high if flops > high else low / flops
-        where = "more than the most" if flops > high else "less than the least"
-        return f"Its runs had {low:g} to {high:g} FLOPs; this is {times:.1f}x {where}."
+        far = f"this is {times(flops / high)} the largest" if flops > high else f"the smallest had {times(low / flops)} as many as this"
+        return f"Its runs had {compute(low)} to {compute(high)} FLOPs; {far}."
 
 
 def ask(law: Law, budget: Budget) -> Prediction:
@@ -103,25 +108,29 @@ def ask(law: Law, budget: Budget) -> Prediction:
     if law.name in SILENT:
         raise ConfigError(f"the law {law.name} {SILENT[law.name]}")
     published = PUBLISHED[law.name]
-    values = law.published[published.values]
+    values = dict.fromkeys(published.choices, law.published[published.values])
+    if published.dense is not None:
+        values[DENSE] = law.published[published.dense]
     found, refused = [], None
-    for choice in published.choices:
+    for choice, of_choice in values.items():
         try:
-            found += best(law, values, budget, [choice], published.family)
+            found += best(law, of_choice, budget, [choice], published.family)
         except ConfigError as error:  # so many experts do not fit, fewer may
             refused = refused or error
     if not found:
         raise refused or ConfigError(f"the law {law.name} has no choices")
     found.sort(key=lambda one: one.loss)
-    dense = dense_multiple(law, law.published[published.dense or published.values], budget, found[0].loss, published.family)
-    return Prediction(law, published, found, dense)
+    if found[0].least:
+        raise ConfigError(f"by the law {law.name} {budget} are best spent on less than {smallest(found[0].choice)}; raise --flops")
+    dense = dense_multiple(law, values.get(DENSE, law.published[published.values]), budget, found[0].loss, published.family)
+    return Prediction(law, published, budget, found, 1.0 if found[0].choice == DENSE else dense)
 
 
 def predict(law: str, flops: str, memory: str | None, *, weight_bytes: float, active: str | None, served: str, as_json: bool) -> Any:
     """Print what one law, or all of them, say; the same as data if asked for."""
     limit = quantity(memory, "--memory", "B") / weight_bytes if memory else np.inf
-    budget = Budget(quantity(flops, "--flops"), limit, quantity(active, "--active") if active else np.inf, quantity(served, "--served"))
-    check(budget)
+    most, use = quantity(active, "--active") if active else np.inf, quantity(served, "--served", least=0)
+    budget = Budget(quantity(flops, "--flops"), limit, most, use)
     if law != "all" and law not in LAWS:
         raise ConfigError(f"unknown law {law!r}; {nearest(law, [*LAWS, 'all'])}")
     answers, silent = [], {}
@@ -130,8 +139,8 @@ def predict(law: str, flops: str, memory: str | None, *, weight_bytes: float, ac
             answers.append(ask(entry(LAWS, name, "law"), budget))
         except ConfigError as error:
             silent[name] = str(error)
-    if not answers and law != "all":
-        raise ConfigError(silent[law])
+    if not answers:
+        raise ConfigError(next(why for name, why in silent.items() if name == law or name in PUBLISHED))
     if as_json:
         return [_data(answer, weight_bytes) for answer in answers] + [{"law": name, "why_not": why} for name, why in silent.items()]
     console = Console(highlight=False)
@@ -140,42 +149,43 @@ def predict(law: str, flops: str, memory: str | None, *, weight_bytes: float, ac
         for line in _sentences(answer, weight_bytes):
             console.print(line, soft_wrap=True)
         console.print()
-    for why in silent.values():
-        console.print(f"No answer: {why}.", soft_wrap=True)
+    for name, why in silent.items():
+        console.print(f"No answer of {name}: {why}.", soft_wrap=True)
     return None
 
 
-def quantity(text: str, option: str, unit: str = "") -> float:
-    """A number of a command line: 1e21, 80GB, 2GiB, 1.5T, 7B (billions, where no bytes are meant)."""
-    word = text.strip().replace("_", "").replace(",", "")
-    number = word.rstrip("abcdfghijklmnopqrstuvwxyzABCDFGHIJKLMNOPQRSTUVWXYZ ")
-    tail = word[len(number) :].strip().lower()
-    if unit == "B" and tail.endswith("ib"):
-        base, letter = 1024, tail[:-2]
-    elif unit == "B":
-        base, letter = 1000, tail.removesuffix("b")
+def quantity(text: str, option: str, unit: str = "", *, least: float = 1e-300) -> float:
+    """A number of a command line: 1e21, 1,500,000, 80GB, 2GiB, 1.5T, 7B (billions, where no bytes are meant)."""
+    found = _NUMBER.fullmatch(text.strip().lower())
+    front, power, tail = found.groups() if found else ("", "", "")
+    if unit == "B":
+        base, letter = (1024, tail[:-2]) if re.fullmatch("[kmgtp]ib", tail) else (1000, tail.removesuffix("b"))
     else:
         base, letter = 1000, "g" if tail == "b" else tail
-    try:
-        value = float(number) * base ** _UNITS[letter]
-    except (ValueError, KeyError):
-        example = "80GB or 2GiB" if unit == "B" else "1e21 or 7B"
-        raise ConfigError(f"{option} {text} is no number; write {example}") from None
+    if not re.search(r"\d", front) or letter not in _UNITS or (power and letter):  # 7e9B is a slip for 7B
+        raise ConfigError(f"{option} {text} is no number; write {'80GB or 2GiB' if unit == 'B' else '1e21 or 7B'}")
+    value = float(front.replace(",", "") + (power or "")) * float(base) ** _UNITS[letter]
+    if not least <= value < np.inf:
+        raise ConfigError(f"{option} {text} is out of range; give a finite number{', 0 or above' if least == 0 else ' above 0'}")
     return value
 
 
 def short(number: float, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
-    """A number in three digits: 41.2M."""
-    for unit in units[:-1]:
-        if abs(number) < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}{units[-1]}"
+    """A number in three digits: 41.2M, 1.5e18."""
+    size = number
+    for unit in units:
+        if abs(size) < 999.5:
+            return f"{size:.3g}{unit}"
+        size /= 1000
+    return f"{compute(number)}{units[0]}"
 
 
-def compute(flops: float) -> str:
-    """FLOPs in three digits, as they are typed: 3e18."""
-    return f"{flops:.3g}".replace("e+", "e")
+def times(factor: float) -> str:
+    """A factor in two digits: 1.9x, 380x, 2,100x, 6e9x."""
+    if factor < 99.5:
+        return f"{factor:.2g}x"
+    rounded = float(f"{factor:.2g}")
+    return f"{rounded:,.0f}x" if rounded < 1e6 else f"{compute(rounded)}x"
 
 
 def weight(number: float) -> str:
@@ -194,18 +204,27 @@ def _sentences(answer: Prediction, weight_bytes: float) -> list[str]:
     said += f"({weight(first.total * weight_bytes)}), D = {short(first.tokens)} tokens; predicted loss {first.loss:.3f}"
     if first.limit:
         said += f"; the {first.limit} keeps it from being larger"
-    lines = [f"{said}.", comparison(answer.dense, first)]
+    lines = [f"{said}.", comparison(answer.dense, first, limited=answer.budget.limited), _beaten(answer)]
     lines += [f"{answer.law.source}. {answer.published.note}".strip(), answer.beyond]
     return [line for line in lines if line]
 
 
-def comparison(dense: float | None, first: Optimum) -> str:
-    """What a dense model would need for the same loss."""
+def comparison(dense: float | None, first: Optimum, *, limited: bool = True) -> str:
+    """What a dense model would need for the same loss; `limited`: whether memory or inference is."""
     if first.choice == DENSE:
         return ""
     if dense is None:
-        return "No dense model within these limits would reach that, not at 10,000x the compute."
-    return f"Dense would need {dense:.2g}x the compute."
+        return f"No dense model{' within these limits' * limited} would reach that, not at 10,000x the compute."
+    return f"Dense would need {times(dense)} the compute."
+
+
+def _beaten(answer: Prediction) -> str:
+    """That dense is better than all mixtures, where it is."""
+    first, *others = answer.found
+    if first.choice != DENSE or not others:
+        return ""
+    within = " within these limits" * answer.budget.limited
+    return f"Dense is better than every mixture{within}: the best of them, {others[0].choice}, ends at {others[0].loss:.3f}."
 
 
 def _table(answer: Prediction, weight_bytes: float) -> Table:
@@ -214,7 +233,8 @@ def _table(answer: Prediction, weight_bytes: float) -> Table:
         column.justify = "right"
     for one in answer.found:
         sizes = short(one.active), short(one.total), weight(one.total * weight_bytes), short(one.tokens)
-        table.add_row(str(one.choice.experts), str(one.choice.top_k), f"{one.choice.granularity:g}", *sizes, f"{one.loss:.4f}", one.limit)
+        limit = "no smaller asked" if one.least else one.limit
+        table.add_row(str(one.choice.experts), str(one.choice.top_k), f"{one.choice.granularity:g}", *sizes, f"{one.loss:.4f}", limit)
     return table
 
 
@@ -222,5 +242,6 @@ def _data(answer: Prediction, weight_bytes: float) -> Mapping[str, Any]:
     found = [one._asdict() | one.choice._asdict() | {"bytes": one.total * weight_bytes} for one in answer.found]
     for one in found:
         del one["choice"]
+    of_dense = {"dense_values": dict(answer.law.published[answer.published.dense])} if answer.published.dense else {}
     return {"law": answer.law.name, "source": answer.law.source, "dense_needs": answer.dense, "note": answer.published.note,
-            "values": dict(answer.law.published[answer.published.values]), "found": found}  # fmt: skip
+            "beyond": answer.beyond, "values": dict(answer.law.published[answer.published.values]), **of_dense, "found": found}  # fmt: skip
