@@ -64,10 +64,12 @@ class Progress:
 def place(axes: dict[str, Any]) -> str:
     """Where a run stands, in a few words."""
     size = f"d={axes['d_model']} l={axes['layers']}"
-    begin = f", {axes['begin']} after {axes['dense'] / 1e6:.3g}M tokens" if "begin" in axes else ""
-    more = "more " if begin else ""
+    model, more = shape(axes), ""
+    if "begin" in axes:
+        how = axes["begin"] if model == "dense" else f"{model}, {axes['begin']}"
+        model, more = f"{how} after {axes['dense'] / 1e6:.3g}M tokens", "more "
     factor = f" lr×{axes['lr_factor']:g}" if axes["lr_factor"] != 1 else ""
-    return f"{size} {shape(axes)}{begin}, {axes['tokens'] / 1e6:.3g}M {more}tokens, seed {axes['seed']}{factor}"
+    return f"{size} {model}, {axes['tokens'] / 1e6:.3g}M {more}tokens, seed {axes['seed']}{factor}"
 
 
 def status(path: Path) -> None:

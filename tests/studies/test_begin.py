@@ -267,7 +267,7 @@ def test_a_design_is_judged_by_its_runs_from_scratch_and_where_it_has_an_aim(stu
     runner._judge(study(), grid(study()), Console(width=200))
     assert "the study names no aim" in capsys.readouterr().out
     aimed = study("aim={law: chinchilla}")
-    with pytest.raises(ConfigError, match="or say in aim.go_on why to start all the same"):
+    with pytest.raises(ConfigError, match=r"or say in aim\.go_on why to start all the same"):
         runner._judge(aimed, grid(aimed), Console(width=200))
 
 
