@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from moe.studies.rows import Row, points, read
 from moe.tables import entry
 
 FIT = "fit.json"
-_HELD = 6  # the sixth of the runs with the most FLOPs is held out
+_HELD = 6  # about the sixth of the runs with the most FLOPs is held out
 _FEWEST = 3  # runs held out
 _ALIKE = 1.1  # laws whose held-out errors differ by less are told apart by Akaike's criterion
 _DIGITS = 9
@@ -41,7 +42,11 @@ class Noise(NamedTuple):
 
     @property
     def known(self) -> bool:
-        return self.runs > self.cells > 0
+        return self.runs > self.cells > 0 and self.relative > 0
+
+    @property
+    def freedom(self) -> int:
+        return self.runs - self.cells
 
 
 class Held(NamedTuple):
@@ -81,6 +86,7 @@ class Judged(NamedTuple):
 class Fits(NamedTuple):
     """What fit.json holds."""
 
+    every: list[Row]  # whatever their status
     rows: list[Row]  # fitted ones
     x: Points
     loss: Column
@@ -91,12 +97,25 @@ class Fits(NamedTuple):
     best: str | None
     facts: dict[str, Any]
 
+    @property
+    def beside(self) -> list[Row]:
+        """Runs of other routers than the one that was fitted."""
+        fitted = {row.id for row in self.rows}
+        return [row for row in self.every if ordinary(row) and row.id not in fitted]
+
+
+def ordinary(row: Row) -> bool:
+    """Whether a run ended well, at the rate of the rule, from scratch: laws speak of no others."""
+    return row.status == "done" and row.tuned and row.begin is None
+
 
 def columns(rows: Sequence[Row]) -> tuple[list[Row], Points, Column]:
-    """The runs that are fitted, and their columns: those from scratch, as laws speak of no others."""
-    fitted = [row for row in rows if row.status == "done" and row.tuned and row.begin is None]
+    """The runs that are fitted, and their columns: of several routers the one with the most runs, and dense models."""
+    fitted = [row for row in rows if ordinary(row)]
+    if wrong := [row for row in fitted if row.loss is None or not 0 < row.loss < np.inf]:
+        raise DataError(f"run {wrong[0].id} is said to be done with a loss of {wrong[0].loss}; remove its line from results.jsonl")
     routers = [row.axes.get("router") for row in fitted if row.experts > 1]
-    if routers:  # of several routers the most used; the others are compared with it, not fitted
+    if routers:
         most = max(sorted(set(routers), key=str), key=routers.count)
         fitted = [row for row in fitted if row.experts == 1 or row.axes.get("router") == most]
     return fitted, *points(fitted)
@@ -104,14 +123,19 @@ def columns(rows: Sequence[Row]) -> tuple[list[Row], Points, Column]:
 
 def noise_of(rows: Sequence[Row]) -> Noise:
     """How far apart runs end that differ in their seed alone."""
-    cells: dict[str, list[float]] = {}
-    for row in rows:
-        assert row.loss is not None
-        cells.setdefault(cell_of(row), []).append(float(np.log(row.loss)))
-    several = [np.array(cell) for cell in cells.values() if len(cell) > 1]
+    several = [np.log(cell) for cell in seeds_of(rows).values() if len(cell) > 1]
     runs = sum(len(cell) for cell in several)
     squares = sum(float(np.square(cell - cell.mean()).sum()) for cell in several)
     return Noise(float(np.sqrt(squares / max(runs - len(several), 1))), len(several), runs)
+
+
+def seeds_of(rows: Sequence[Row]) -> dict[str, NDArray[np.float64]]:
+    """Losses of runs by what they share but for the seed, one of each seed."""
+    found: dict[str, dict[Any, float]] = {}
+    for row in rows:
+        assert row.loss is not None
+        found.setdefault(cell_of(row), {})[row.axes.get("seed", 0)] = row.loss
+    return {cell: np.array(list(losses.values())) for cell, losses in found.items()}
 
 
 def cell_of(row: Row) -> str:
@@ -138,30 +162,54 @@ def why_not(law: Law, x: Points, loss: Column) -> str | None:
     return None
 
 
+def sees(law: Law, x: Points) -> bool:
+    """Whether a law tells apart what these runs differ in: in experts, and in how fine they are."""
+    several = {name: len(np.unique(x[name])) > 1 for name in ("experts", "granularity")}
+    of_experts = {"experts", "sparsity", "total"} & set(law.columns)
+    return bool(of_experts or not several["experts"]) and ("granularity" in law.columns or not several["granularity"])
+
+
+def together(rows: Sequence[Row]) -> NDArray[np.int64] | None:
+    """A number a run, the same for runs off one trunk, which share most of their steps; None if none do."""
+    names = [row.trunk or row.id for row in rows]
+    found = list(dict.fromkeys(names))
+    return None if len(found) == len(names) else np.array([found.index(name) for name in names])
+
+
 def judge(
-    law: Law, x: Points, loss: Column, held: NDArray[np.bool_], *, draws: int = 200, seed: int = 0, say: Callable[[str], None] = _silent
+    law: Law,
+    x: Points,
+    loss: Column,
+    held: NDArray[np.bool_],
+    *,
+    groups: NDArray[np.int64] | None = None,
+    draws: int = 200,
+    seed: int = 0,
+    say: Callable[[str], None] = _silent,
 ) -> Judged:
     """Fit a law to all runs, and to all but the largest; draw each again and again."""
     say("fit")
     found = fit(law, x, loss, seed=seed)
     say(f"{draws} bootstraps")
-    again = bootstrap(found, x, loss, draws=draws, seed=seed)
+    again = bootstrap(found, x, loss, draws=draws, seed=seed, groups=groups)
     say("the papers' procedure")
-    theirs = law.loss(cross_check(law, x, loss, starts=8, seed=seed), x)
+    theirs = law.loss(cross_check(law, x, loss, starts=8, seed=seed, also=found.values), x)
     say("all but the largest")
-    without = _held_out(law, x, loss, held, draws // 2, seed)
+    without = _held_out(law, x, loss, held, None if groups is None else groups[~held], draws // 2, seed)
     apart = float(np.abs(theirs / found.loss(x) - 1).max())
     return Judged(
         law, found.values, [one.values for one in again], without, found.spread, found.aicc, found.condition, found.at_bounds, apart
     )
 
 
-def _held_out(law: Law, x: Points, loss: Column, held: NDArray[np.bool_], draws: int, seed: int) -> Held | None:
+def _held_out(
+    law: Law, x: Points, loss: Column, held: NDArray[np.bool_], groups: NDArray[np.int64] | None, draws: int, seed: int
+) -> Held | None:
     rest = {name: column[~held] for name, column in x.items()}
     if why_not(law, rest, loss[~held]):
         return None
     found = fit(law, rest, loss[~held], seed=seed)
-    again: list[Fit] = bootstrap(found, rest, loss[~held], draws=draws, seed=seed)
+    again: list[Fit] = bootstrap(found, rest, loss[~held], draws=draws, seed=seed, groups=groups)
     errors = found.loss({name: column[held] for name, column in x.items()}) / loss[held] - 1
     return Held(float(np.sqrt(np.mean(errors**2))), float(np.abs(errors).max()), found.values, [one.values for one in again])
 
@@ -187,23 +235,31 @@ def compare(rows: Sequence[Row], *, draws: int = 200, seed: int = 0, say: Callab
         if reason := why_not(law, x, loss):
             refused[name] = reason
             continue
-        judged[name] = judge(law, x, loss, held, draws=draws, seed=seed, say=lambda what, name=name: say(name, what))
+        said = partial(say, name)
+        judged[name] = judge(law, x, loss, held, groups=together(fitted), draws=draws, seed=seed, say=said)
     facts = {"digest": digest(rows), "seconds": round(time.perf_counter() - start, 1), "draws": draws, "seed": seed, "moe": moe.__version__}
-    return Fits(fitted, x, loss, held, noise_of(fitted), judged, refused, preferred(judged), facts)
+    return Fits(list(rows), fitted, x, loss, held, noise_of(fitted), judged, refused, preferred(judged, x), facts)
 
 
-def preferred(judged: Mapping[str, Judged]) -> str | None:
-    """The law of the least held-out error; of those that are as good, the one of the least AICc."""
-    if not judged:
-        return None
-    errors = {name: one.held.error if one.held else np.inf for name, one in judged.items()}
-    least = min(errors.values())
-    return min((name for name in judged if errors[name] <= _ALIKE * least), key=lambda name: judged[name].aicc)
+def preferred(judged: Mapping[str, Judged], x: Points) -> str | None:
+    """The law of the least held-out error; of those that are as good, the one of the least AICc.
+
+    A law that does not tell apart what the runs differ in is taken only where no other could be fitted.
+    """
+    return min(as_good(judged, x), key=lambda name: judged[name].aicc, default=None)
+
+
+def as_good(judged: Mapping[str, Judged], x: Points) -> list[str]:
+    """The laws whose held-out error is about the least, of those that tell the runs apart if any does."""
+    able = [name for name, one in judged.items() if sees(one.law, x)] or list(judged)
+    errors = {name: one.held.error if (one := judged[name]).held else np.inf for name in able}
+    return [name for name in able if errors[name] <= _ALIKE * min(errors.values())]
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Of the runs a fit was made of: rows that came later make another."""
-    text = json.dumps(sorted((row.id, row.status, row.loss) for row in rows), default=str)
+    """Of the runs a fit was made of, and of how it was made: rows or corrections that came later make another."""
+    made = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("laws.py", "fit.py", "compare.py")]
+    text = json.dumps([made, sorted((row.id, row.status, row.loss) for row in rows)], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -253,7 +309,7 @@ def load(folder: Path, rows: Sequence[Row]) -> Fits | None:
         judged = {name: _judged(name, one) for name, one in data["laws"].items()}
         fitted, x, loss = columns(rows)
         noise = Noise(**data["noise"])
-        return Fits(fitted, x, loss, largest(x), noise, judged, data["refused"], data["best"], data["facts"])
+        return Fits(list(rows), fitted, x, loss, largest(x), noise, judged, data["refused"], data["best"], data["facts"])
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is no fit of a study; remove it and run moe study fit again") from None
 

@@ -15,7 +15,11 @@ from moe.studies.laws import Column, Law, Points
 
 _SOFT = 3e-3  # of log loss: residuals beyond it, or beyond what is usual where that is more, count for less
 _BEST = 6  # starts that are followed to their end
+_SIZES = ("total", "active", "average", "base", "tokens")
 _LEVELS, _SAME = 3, 0.02
+_SPAN = 2.0  # times, from the least tokens or parameters to the most, below which no exponent shows
+_CLIP, _ODD = 4.0, 6.0  # standard deviations
+_ALIVE, _FAINT = 1e-2, 1e-4  # share of the loss from which a term that vanished is tried again, and below which it has
 _TINY = 1e-12
 _FAR = 1e9  # nats that no run has
 _AGAIN = 40  # steps of a fit that begins at the end of another
@@ -37,15 +41,15 @@ class Fit(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the residuals, free values counted."""
+        """Standard deviation of the residuals, free values counted, and outliers no further than others go."""
         n = len(self.residuals)
-        return float(np.sqrt(np.square(self.residuals).sum() / max(n - len(self.values), 1)))
+        return float(np.sqrt(np.square(_clipped(self.residuals)).sum() / max(n - len(self.values), 1)))
 
     @property
     def aicc(self) -> float:
         """Akaike's criterion for small samples: of laws fitted to the same runs the one with the least is to be preferred."""
         n, k = len(self.residuals), len(self.values) + 1
-        least = n * float(np.log(np.mean(np.square(self.residuals)) + 1e-300)) + 2 * k
+        least = n * float(np.log(np.mean(np.square(_clipped(self.residuals))) + 1e-300)) + 2 * k
         return least + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else float("inf")
 
 
@@ -70,11 +74,18 @@ def check(law: Law, points: Points, loss: Column) -> None:
     if missing := [name for name in law.columns if name not in points]:
         raise DataError(f"the law {law.name} needs the column {missing[0]} of every run; it needs {', '.join(law.columns)}")
     count = len(law.coefficients) + len(law.exponents)
+    narrow = [name for name in law.columns if name in _SIZES and points[name].max() < _SPAN * points[name].min()]
     levels = {name: _levels(1 - points[name] if name == "sparsity" else points[name]) for name in law.columns}
     if flat := [f"{found} of {name}" for name, found in levels.items() if found < _LEVELS]:
         raise DataError(
             f"the law {law.name} needs runs of at least {_LEVELS} values of each column and these have {' and '.join(flat)}; "
             "add runs, or choose another law"
+        )
+    if narrow:
+        least, most = points[narrow[0]].min(), points[narrow[0]].max()
+        raise DataError(
+            f"the law {law.name} needs runs whose {narrow[0]} differ by {_SPAN:g}x or more and these have {least:.3g} to {most:.3g}; "
+            "add runs with less or more"
         )
     if len(loss) <= count:
         raise DataError(f"the law {law.name} has {count} free values and there are {len(loss)} runs; add at least {count + 1 - len(loss)}")
@@ -114,7 +125,7 @@ def refine(
     reach = {n: _WIDER * (high - low) for n, (low, high) in law.exponents.items()}
     low = np.array([law.exponents[n][0] - (0 if law.exponents[n][0] > 0 else reach[n]) for n in names])
     high = np.array([law.exponents[n][1] + reach[n] for n in names])
-    start, free = vector.of(values), np.full(len(law.coefficients), np.inf)
+    start, free = vector.of(_alive(law, points, loss, values)), np.full(len(law.coefficients), np.inf)
     start[: len(names)] = np.clip(start[: len(names)], low + 1e-9, high - 1e-9)
     slopes: Any = vector.slopes  # scipy's types know names alone
     end = least_squares(
@@ -126,9 +137,20 @@ def refine(
     columns = vector.slopes(end.x)
     lengths = np.linalg.norm(columns, axis=0)
     condition = float(np.linalg.cond(columns / lengths)) if (lengths > 0).all() else np.inf
-    pushed = [n for n, at in zip(names, end.active_mask, strict=False) if at]
-    pushed += [n for n in law.coefficients if not law.decadic and final[n] < 10 * _TINY]
+    slack = {n: 1e-6 * (high - low) for n, (low, high) in law.exponents.items()}
+    pushed = [n for n, (low, high) in law.exponents.items() if not low + slack[n] < final[n] < high - slack[n]]
+    if not law.decadic:
+        shares = law.terms(points, final) * np.array([final[n] for n in law.coefficients]) / np.exp(vector.stated(end.x))[:, None]
+        pushed += [n for n, share in zip(law.coefficients, shares.max(0), strict=True) if share < _FAINT]
     return Fit(law, final, rest, _robust(rest, soft), condition, pushed)
+
+
+def _alive(law: Law, points: Points, loss: Column, values: Mapping[str, float]) -> dict[str, float]:
+    """Values none of which has vanished: the logarithm of nothing has no slope, so that it could not come back."""
+    if law.decadic:
+        return dict(values)
+    least = _ALIVE * np.median(loss[:, None] / np.maximum(law.terms(points, values), _TINY), axis=0)
+    return {**values, **{n: max(values[n], float(low)) for n, low in zip(law.coefficients, least, strict=True) if values[n] < 10 * _TINY}}
 
 
 class _Vector(NamedTuple):
@@ -171,22 +193,43 @@ def _robust(residuals: Column, soft: float = _SOFT) -> float:
     return float(np.sum(np.sqrt(1 + np.square(residuals / soft)) - 1))
 
 
+def unusual(residuals: Column) -> NDArray[np.bool_]:
+    """Which residuals chance does not explain."""
+    return np.abs(residuals - np.median(residuals)) > _ODD * _usual(residuals)
+
+
+def _clipped(residuals: Column) -> Column:
+    """Residuals, those beyond nearly all that chance brings taken for the last that it does."""
+    far = _CLIP * 1.48 * float(np.median(np.abs(residuals - np.median(residuals))))
+    return np.clip(residuals, -far, far) if far > 0 else residuals
+
+
 def _usual(residuals: Column) -> float:
     """The standard deviation that the middle half of the residuals speaks of, _SOFT at least."""
     return max(_SOFT, 1.48 * float(np.median(np.abs(residuals - np.median(residuals)))))
 
 
-def bootstrap(found: Fit, points: Points, loss: Column, *, draws: int = 200, seed: int = 0) -> list[Fit]:
+def bootstrap(
+    found: Fit, points: Points, loss: Column, *, draws: int = 200, seed: int = 0, groups: NDArray[np.int64] | None = None
+) -> list[Fit]:
     """Fits to losses as they might have come out as well: what the law states, times residuals drawn from its own.
 
-    Residuals are made as wide as the errors are, of which the fit has absorbed its share.
+    Residuals are made as wide as the errors are, of which the fit has absorbed its share. groups: a number a run; runs of one number
+    share most of their steps, so what they miss by is kept together and only its sign is drawn (Cameron, Gelbach and Miller, 2008).
     """
     chance, stated = np.random.default_rng(seed), np.log(found.loss(points))
     n = len(loss)
-    wide = (found.residuals - found.residuals.mean()) * np.sqrt(n / max(n - len(found.values), 1))
+    numbers, place = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
+    apart = len(numbers)
+    wide = found.residuals * np.sqrt(apart / max(apart - len(found.values), 1))
     soft = _usual(found.residuals)
-    drawn = (np.exp(stated + chance.choice(wide, n)) for _ in range(draws))
-    return [refine(found.law, points, losses, found.values, soft=soft, most=_AGAIN, near=1e-5) for losses in drawn]
+
+    def drawn() -> Column:
+        if groups is None:
+            return chance.choice(wide - wide.mean(), n)
+        return wide * chance.choice((-1.0, 1.0), apart)[place]
+
+    return [refine(found.law, points, np.exp(stated + drawn()), found.values, soft=soft, most=_AGAIN, near=1e-5) for _ in range(draws)]
 
 
 def interval(fits: list[Fit], points: Points, level: float = 0.95) -> tuple[Column, Column]:
@@ -225,8 +268,10 @@ def identify(
     return Identified(spread, float(np.quantile(errors, 0.9, axis=0).max()))
 
 
-def cross_check(law: Law, points: Points, loss: Column, *, starts: int = 32, delta: float = 1e-3, seed: int = 0) -> dict[str, float]:
-    """The values that the papers' own procedure finds: Huber's loss of log loss, L-BFGS from many starts."""
+def cross_check(
+    law: Law, points: Points, loss: Column, *, starts: int = 32, delta: float = 1e-3, seed: int = 0, also: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The values that the papers' own procedure finds: Huber's loss of log loss, L-BFGS from many starts, and from `also`."""
     check(law, points, loss)
     names = list(law.exponents)
     low, high = np.array([law.exponents[n] for n in names]).T
@@ -239,9 +284,9 @@ def cross_check(law: Law, points: Points, loss: Column, *, starts: int = 32, del
         return float(huber.sum()), np.clip(rest, -delta, delta) @ vector.slopes(theta)
 
     best: tuple[float, dict[str, float]] = (np.inf, {})
-    for draw in qmc.Sobol(len(names), rng=seed).random(starts):
-        exponents = low + (high - low) * draw
-        _, values = _coefficients(law, points, loss, dict(zip(names, exponents, strict=True)))
+    draws = low + (high - low) * qmc.Sobol(len(names), rng=seed).random(starts)
+    begins = [_coefficients(law, points, loss, dict(zip(names, draw, strict=True)))[1] for draw in draws]
+    for values in [*begins, *([dict(also)] if also else [])]:
         if not values:
             continue
         end = minimize(objective, vector.of(values), jac=True, method="L-BFGS-B", options={"maxiter": 500})

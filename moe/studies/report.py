@@ -16,10 +16,11 @@ from moe.pages.page import Page, Section, Table
 from moe.studies import speeds, tables, upcycling
 from moe.studies.compare import FIT, Fits, fits_of
 from moe.studies.figures import figures
+from moe.studies.gains import helps
 from moe.studies.predict import compute, quantity, weight
 from moe.studies.rows import Row, read
 from moe.studies.site import again, write
-from moe.studies.verdict import Verdict, conclude, helps
+from moe.studies.verdict import Verdict, conclude
 
 _WIDE = 140  # columns, where no terminal says
 _FURTHER = (3.0, 10.0)  # times the FLOPs that were asked for: what the law says next

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from moe.errors import ConfigError
-from moe.studies.compare import Fits, Judged, between, cell_of
+from moe.studies.compare import Fits, Judged, as_good, between, sees
 from moe.studies.family import choice_of, choices, family
-from moe.studies.optimum import DENSE, Budget, Choice, Family, Optimum, Sizes, best, dense_multiple, points_of
-from moe.studies.predict import comparison, compute, short, weight
+from moe.studies.fit import unusual
+from moe.studies.optimum import DENSE, Budget, Choice, Family, Optimum, Sizes, best, check, dense_multiple, points_of
+from moe.studies.predict import compute, short, weight
 from moe.studies.rows import Row
 
 _OPEN = 0.05  # of the loss: an answer less certain is none
@@ -21,27 +20,8 @@ _APART = 4.0  # times: sizes that the draws put further apart are not known
 _FAR = 100.0  # times beyond the runs: a law is not followed further
 _INSIDE = 1.05  # so little beyond the runs is among them
 _ERROR = 0.05  # of the loss, held out
-_DRAWS = 60  # of the bootstrap, for which the whole question is asked again
+_DRAWS, _DENSE_DRAWS = 60, 30  # of the bootstrap, for which the whole question is asked again, and how much a dense model needs
 _SURE = 0.95
-_ALIKE = 0.1  # runs whose FLOPs a token differ by less have equal active FLOPs
-_CHANCE = 0.025  # that some pair of a study of useless experts looks useful
-_IDLE = 0.1  # share of the experts
-
-
-class Gain(NamedTuple):
-    """A mixture beside the dense model that costs as much a token, with as many tokens."""
-
-    choice: Choice
-    width: str
-    tokens: int
-    flops: float
-    nats: float  # less than the dense model's
-    error: float  # standard, from the noise of seeds
-    bar: float  # nats that chance reaches in one of the study's pairs in one of forty studies
-
-    @property
-    def beyond(self) -> bool:
-        return self.nats > self.bar
 
 
 class Verdict(NamedTuple):
@@ -56,8 +36,9 @@ class Verdict(NamedTuple):
     half: float  # of the interval of the predicted loss
     sizes: tuple[float, float]  # between which the draws put N_active, nine of ten
     won: dict[Choice, float]  # in which share of the draws each choice is best
-    dense: float | None  # times the compute that a dense model needs
-    further: dict[str, float]  # how many times beyond the runs the answer lies: in FLOPs, in N_active, in tokens
+    dense: tuple[float, float, float] | None  # times the compute that a dense model needs, and the least and most of nine draws in ten
+    further: dict[str, float]  # how far beyond the runs of its kind the answer lies, as a factor: in FLOPs, in N_active, in tokens
+    others: dict[str, Optimum]  # what other laws answer that foresaw the largest runs as well
 
     @property
     def answer(self) -> Optimum:
@@ -70,35 +51,66 @@ def conclude(fits: Fits, flops: float | None = None, memory: float | None = None
     flops = most if flops is None else flops
     question = f"For {compute(flops)} FLOPs" + (f" and at most {weight(memory)} of weights" if memory else "")
     total = memory / weight_bytes if memory else np.inf
-    none = Verdict(question, total, [], [], fits.best, [], np.nan, (np.nan, np.nan), {}, None, {})
+    none = Verdict(question, total, [], [], fits.best, [], np.nan, (np.nan, np.nan), {}, None, {}, {})
     if fits.best is None:
         return none._replace(refused=[f"no law could be fitted to them, not even the plainest: {fits.refused['chinchilla']}"])
     judged = fits.judged[fits.best]
-    budget = Budget(flops, total)
-    line, asked = family(fits.rows), asked_of(judged, fits.rows)
-    answers = _fitting(judged, judged.values, budget, asked, line)
-    half = _half(judged, answers[0])
-    again = [_fitting(judged, values, budget, asked, line)[0] for values in judged.draws[:_DRAWS]]
+    if reason := _blind(fits, judged):
+        return none._replace(refused=[reason])
+    budget, line, asked = Budget(flops, total), family(fits.rows), asked_of(judged, fits.rows)
+    check(budget)
+    try:
+        answers = _fitting(judged, judged.values, budget, asked, line)
+        again = [_fitting(judged, values, budget, asked, line)[0] for values in judged.draws[:_DRAWS]]
+    except ConfigError as error:
+        return none._replace(refused=[str(error)])
+    others = {
+        name: _fitting(fits.judged[name], fits.judged[name].values, budget, asked, line)[0]
+        for name in as_good(fits.judged, fits.x)
+        if name != fits.best and _blind(fits, fits.judged[name]) is None
+    }
+    half = max([_half(judged, answers[0]), *(abs(other.loss - answers[0].loss) for other in others.values())])
     low, high = np.quantile([one.active for one in again], [0.05, 0.95])
     won = {choice: sum(one.choice == choice for one in again) / len(again) for choice in asked}
-    found = none._replace(answers=answers, half=half, sizes=(float(low), float(high)), won=won, further=_further(fits, flops, answers[0]))
+    found = none._replace(answers=answers, half=half, sizes=(float(low), float(high)), won=won, others=others)
+    found = found._replace(further=_further(fits, flops, answers[0]))
     found = found._replace(refused=unidentified(fits, judged, found))
     if found.refused:
         return found
-    found = found._replace(dense=dense_multiple(judged.law, judged.values, budget, answers[0].loss, line))
+    found = found._replace(dense=_dense(fits, judged, budget, found, line))
     return found._replace(sentences=_sentences(found, fits, weight_bytes))
 
 
+def _blind(fits: Fits, judged: Judged) -> str | None:
+    """Why a law cannot decide between these runs; None if it can."""
+    name = judged.law.name
+    if "tokens" not in judged.law.columns:
+        return f"the law {name} knows nothing of tokens, so no budget divides between size and tokens; add runs of other lengths"
+    if not sees(judged.law, fits.x):
+        several = [what for what in ("experts", "granularity") if len(np.unique(fits.x[what])) > 1]
+        why = fits.refused["krajewski" if "granularity" in several else "ludziejewski"]
+        return f"the runs differ in {' and '.join(several)}, which is nothing to the law {name}, and no other could be fitted: {why}"
+    return None
+
+
+def _dense(fits: Fits, judged: Judged, budget: Budget, found: Verdict, line: Family) -> tuple[float, float, float] | None:
+    """Times the compute that a dense model needs, and between which nine of ten draws put that; None without dense runs to go by."""
+    if found.answer.choice == DENSE or not any(row.experts == 1 for row in fits.rows):
+        return None
+    middle = dense_multiple(judged.law, judged.values, budget, found.answer.loss, line) or np.inf
+    drawn = []
+    for values in judged.draws[:_DENSE_DRAWS]:
+        loss = _fitting(judged, values, budget, [found.answer.choice], line)[0].loss
+        drawn.append(dense_multiple(judged.law, values, budget, loss, line) or np.inf)
+    low, high = np.quantile(drawn, [0.05, 0.95], method="nearest")
+    return middle, float(low), float(high)
+
+
 def asked_of(judged: Judged, rows: Sequence[Row]) -> list[Choice]:
-    """The choices between which the law can tell: of those alike to it, the coarsest."""
+    """The choices between which the law can tell: all that were run, or for a law that knows nothing of experts the dense one."""
     known = {"experts", "sparsity", "total", "granularity"} & set(judged.law.columns)
-    if not known:
-        return [DENSE]
-    alike: dict[tuple[float, ...], Choice] = {}
-    for choice in sorted(choices(rows), key=lambda choice: choice.granularity):
-        fine = (choice.granularity,) if "granularity" in known else ()
-        alike.setdefault((choice.experts / choice.top_k, choice.top_k / choice.granularity, *fine), choice)
-    return list(alike.values())
+    ran = {choice_of(row) for row in rows}
+    return [choice for choice in choices(rows) if choice in ran] if known else [DENSE]
 
 
 def _fitting(judged: Judged, values: dict[str, float], budget: Budget, asked: Sequence[Choice], line: Family) -> list[Optimum]:
@@ -116,9 +128,16 @@ def _fitting(judged: Judged, values: dict[str, float], budget: Budget, asked: Se
 
 
 def _further(fits: Fits, flops: float, answer: Optimum) -> dict[str, float]:
-    """How many times an answer lies above the largest or below the smallest of the runs; 1 within them."""
+    """How many times an answer lies beyond the runs of its choice, as a factor: below 1 where it is beneath the smallest."""
+    mine = np.array([choice_of(row) == answer.choice for row in fits.rows])
+    mine = mine if mine.any() else ~mine
     places = {"FLOPs": ("flops", flops), "active parameters": ("active", answer.active), "tokens": ("tokens", answer.tokens)}
-    return {what: float(max(1, value / fits.x[name].max(), fits.x[name].min() / value)) for what, (name, value) in places.items()}
+
+    def beyond(name: str, value: float) -> float:
+        column = fits.x[name][mine]
+        return float(value / np.clip(value, column.min(), column.max()))
+
+    return {what: beyond(name, value) for what, (name, value) in places.items()}
 
 
 def _half(judged: Judged, answer: Optimum) -> float:
@@ -144,27 +163,58 @@ def unidentified(fits: Fits, judged: Judged, found: Verdict) -> list[str]:
         low, high = (short(size) for size in found.sizes)
         reasons.append(f"the best size is open: nine of ten draws put N_active between {low} and {high}")
     for what, times in found.further.items():
-        if times > _FAR:
-            reasons.append(f"its {what} are {times:,.0f}x beyond those of any run, and further than {_FAR:.0f}x no law is followed")
+        if max(times, 1 / times) > _FAR:
+            reasons.append(f"its {what} are {_beyond(times)} those of any run of its kind, and further than {_FAR:.0f}x no law is followed")
     return reasons
+
+
+def _beyond(times: float) -> str:
+    return f"{times:,.3g}x above" if times > 1 else f"{1 / times:,.3g}x below"
 
 
 def _sentences(found: Verdict, fits: Fits, weight_bytes: float) -> list[str]:
     answer, judged = found.answer, fits.judged[found.law or ""]
     size = f"N_active = {short(answer.active)}, D = {short(answer.tokens)} tokens"
-    loss = f"predicted loss {answer.loss:.3f} ± {found.half:.3f}"
-    dense = comparison(found.dense, answer).removesuffix(".")
-    first = f"{found.question}: {answer.choice}, {size}; {loss}" + (f"; {dense[0].lower()}{dense[1:]}" if dense else "")
-    lines = [f"{first}.", _certain(found)]
+    loss = f"predicted loss {answer.loss:.3f} ± {found.half:.3f} (19 of 20 runs)"
+    lines = [f"{found.question}: {answer.choice}, {size}; {loss}{_of_dense(found)}.", _certain(found)]
     if answer.limit:
         lines.append(f"The {answer.limit} keeps the model from being larger: all {weight(answer.total * weight_bytes)} of it are used.")
-    lines.append(_edge(found, fits))
-    if beyond := [f"{times:.3g}x in {what}" for what, times in found.further.items() if times > _INSIDE]:
-        lines.append(f"This is an extrapolation beyond the runs: {', '.join(beyond)}.")
+    lines += [_edge(found), extrapolation(found), *_doubts(fits, judged, found)]
     if judged.held is not None:
         tried = f"Fitted to all but the largest {int(fits.held.sum())} runs, the law {judged.law.name} foresees those"
         lines.append(f"{tried} to {judged.held.error:.2%} (worst {judged.held.worst:.2%}).")
     return [line for line in lines if line]
+
+
+def _of_dense(found: Verdict) -> str:
+    if found.dense is None:
+        return ""
+    times, low, high = found.dense
+    if times == np.inf:
+        return "; no dense model would reach that, not at 10,000x the compute"
+    most = "any multiple" if high == np.inf else f"{high:.2f}x"
+    return f"; dense would need {times:.2f}x the compute ({low:.2f}x to {most})"
+
+
+def extrapolation(found: Verdict) -> str:
+    """How far from the runs of its kind an answer lies; nothing if it lies among them."""
+    beyond = [f"{_beyond(times)} in {what}" for what, times in found.further.items() if max(times, 1 / times) > _INSIDE]
+    return f"This is an extrapolation, beyond the runs of its kind: {', '.join(beyond)}." if beyond else ""
+
+
+def _doubts(fits: Fits, judged: Judged, found: Verdict) -> list[str]:
+    lines = [
+        f"The law {name}, which foresaw the largest runs about as well, says {other.choice}, N_active = {short(other.active)}, "
+        f"loss {other.loss:.3f}."
+        for name, other in found.others.items()
+    ]
+    odd = unusual(np.log(fits.loss) - np.log(judged.loss(fits.x)))
+    if odd.any():
+        names = ", ".join(row.id[:8] for row, far in zip(fits.rows, odd, strict=True) if far)
+        lines.append(f"{int(odd.sum())} of the runs lie further from the law than chance brings, and count for little: {names}.")
+    if judged.law.coefficients[-1] in judged.at_bounds and not judged.law.decadic:
+        lines.append("The runs do not show a loss that no size or length removes, so losses far beyond them come out too low.")
+    return lines
 
 
 def _certain(found: Verdict) -> str:
@@ -172,75 +222,16 @@ def _certain(found: Verdict) -> str:
     low, high = (short(size) for size in found.sizes)
     sizes = f"Nine of ten draws of the bootstrap put N_active {f'at {low}' if low == high else f'between {low} and {high}'}"
     if len(found.won) < 2:
-        return f"{sizes}; the law knows nothing of experts, and none that does foresaw the largest runs better."
+        return f"{sizes}."
     if share >= _SURE:
         return f"{sizes}; {found.answer.choice} is best in {share:.0%} of them."
     other, of_other = max(((c, s) for c, s in found.won.items() if c != found.answer.choice), key=lambda pair: pair[1])
     return f"{sizes}. The choice is not sure: {found.answer.choice} is best in {share:.0%} of them, {other} in {of_other:.0%}."
 
 
-def _edge(found: Verdict, fits: Fits) -> str:
+def _edge(found: Verdict) -> str:
     many = max(one.choice.experts / one.choice.top_k for one in found.answers)
     answer = found.answer
     if len(found.answers) > 1 and answer.choice.experts / answer.choice.top_k == many:
         return "That is the sparsest choice that was run: the optimum may lie further, among more experts."
     return ""
-
-
-def gains(fits: Fits) -> list[Gain]:
-    """Each mixture beside the dense model of equal active FLOPs and tokens, means over seeds, largest runs last."""
-    cells = [list(rows) for _, rows in groupby(sorted(fits.rows, key=cell_of), cell_of)]
-    dense = [cell for cell in cells if cell[0].experts == 1]
-    found = []
-    for cell in (cell for cell in cells if cell[0].experts > 1):
-        alike = [one for one in dense if one[0].tokens == cell[0].tokens and one[0].axes.get("d_model") == cell[0].axes.get("d_model")]
-        alike = [one for one in alike if abs(one[0].flops / cell[0].flops - 1) < _ALIKE]
-        if alike:
-            twin = min(alike, key=lambda one: abs(one[0].flops / cell[0].flops - 1))
-            before, after = (float(np.mean([float(row.loss or np.nan) for row in rows])) for rows in (twin, cell))
-            error = fits.noise.relative * before * float(np.sqrt(1 / len(twin) + 1 / len(cell)))
-            width = f"width {cell[0].axes['d_model']}" if "d_model" in cell[0].axes else f"{short(cell[0].active)} active parameters"
-            found.append(Gain(choice_of(cell[0]), width, cell[0].tokens, cell[0].flops, before - after, error, np.inf))
-    found.sort(key=lambda gain: gain.flops)
-    if not fits.noise.known or not found:
-        return found
-    errors = float(student.ppf(1 - _CHANCE / len(found), fits.noise.runs - fits.noise.cells))
-    return [gain._replace(bar=errors * gain.error) for gain in found]
-
-
-def helps(fits: Fits) -> list[str]:
-    """Whether experts help at fixed active FLOPs beyond the noise, from the runs alone; or the reason why not."""
-    found = gains(fits)
-    if not found:
-        return [
-            "Whether experts help at fixed active FLOPs cannot be said: no mixture stands beside a dense run of equal FLOPs and tokens."
-        ]
-    last = max((gain for gain in found if gain.flops > (1 - _ALIKE) * found[-1].flops), key=lambda gain: gain.nats)
-    if not fits.noise.known:
-        return [
-            f"At equal active FLOPs {last.choice} ends {abs(last.nats):.3f} nats {'below' if last.nats > 0 else 'above'} dense "
-            f"({last.width}, {short(last.tokens)} tokens), but no two runs differ in their seed alone, so the noise is unknown; add seeds."
-        ]
-    floor = f"noise of one run {fits.noise.relative:.2%} of the loss, from {fits.noise.runs} runs of {fits.noise.cells} places"
-    beyond = sum(gain.beyond for gain in found)
-    sign = "less" if last.nats > 0 else "more"
-    where = f"({last.width}, {short(last.tokens)} tokens): {abs(last.nats):.3f} ± {last.error:.3f} nats {sign} than dense"
-    if last.beyond:
-        lines = [f"Experts help at fixed active FLOPs: {last.choice} {where}; {floor}."]
-    else:
-        lines = [f"Experts do not help beyond the noise at fixed active FLOPs: at best {last.choice} {where}; {floor}."]
-        lines.append(_reason(fits))
-    lines.append(f"A mixture beats the dense run of equal active FLOPs and tokens beyond the noise in {beyond} of {len(found)} pairs.")
-    return lines
-
-
-def _reason(fits: Fits) -> str:
-    """What of the runs may explain that experts do not help."""
-    sparse = [row for row in fits.rows if row.experts > 1]
-    unused = max(row.health.get("unused_experts", 0) / row.experts / row.axes.get("layers", 1) for row in sparse)
-    if unused > _IDLE:
-        return f"Up to {unused:.0%} of a model's experts got no token: the routers did not learn to use them."
-    fed = max(row.tokens / row.total for row in sparse)
-    if fed < 1:
-        return f"The mixtures saw at most {fed:.2g} tokens a parameter: too few to fill their experts."
-    return "Routing looks healthy and tokens were many, so nothing in the runs explains it."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe.config import load
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError
 from moe.studies import LAWS
-from moe.studies.design import judge
+from moe.studies.design import further, judge
 from moe.studies.form import Study
 from moe.studies.grid import cooldown, grid
 from moe.tables import entry
@@ -278,6 +279,25 @@ def test_a_design_that_cannot_identify_its_law_is_refused_in_a_sentence(study):
     with pytest.raises(ConfigError, match=r"aim.values does not suit the law chinchilla: A is missing"):
         judge(study("aim.values={alpha: 0.3}").aim, grid(study()))
     assert set(LAWS) >= {"chinchilla", "ludziejewski"}
+
+
+def test_values_that_would_be_worse_than_guessing_are_no_truth(study):
+    three = [f"{{d_model: {width}, layers: 2, heads: 2, d_ff: {3 * width}}}" for width in (16, 32, 64)]
+    small = study(f"axes.family=[{', '.join(three)}]", "axes.tokens=[20_000, 40_000, 80_000]", "axes.experts=[1]")
+    _, sentence = judge(small.aim, grid(small))
+    assert sentence is not None
+    assert "nats a token, where guessing takes 5.55; give aim.values" in sentence
+
+
+def test_of_every_choice_the_largest_run_is_foreseen_further_out():
+    design = {"experts": [1, 1, 8, 8], "granularity": [1, 1, 1, 2], "flops": [1e9, 2e9, 3e9, 1e9], "tokens": [5.0, 4.0, 3.0, 2.0]}
+    design = {name: np.array(values, float) for name, values in design.items()} | {
+        name: np.arange(4.0) for name in ("total", "active", "base", "average", "sparsity")
+    }
+    found = further(design, 2)
+    assert found["tokens"].tolist() == [8, 6, 4]
+    assert found["active"].tolist() == [2, 4, 6]
+    assert found["experts"].tolist() == [1, 8, 8]
 
 
 @pytest.mark.slow
