@@ -21,6 +21,7 @@ COLOURS = (  # on light, on dark; the first for what others are compared with
     ("#6e7781", "#9aa4ae"), ("#0b6fc7", "#58a6ff"), ("#178a4c", "#3fb96d"), ("#b36b00", "#e3a33a"), ("#c2412d", "#ff7b6b"),
     ("#8a45c9", "#bc8cff"), ("#0f8a8a", "#39c5cf"), ("#b03578", "#f778ba"),
 )  # fmt: skip
+DASHES = ("", "7 4", "2 4", "10 4 2 4")  # of lines, one for each turn through the colours
 SHAPES: tuple[tuple[Point, ...], ...] = (  # corners around the middle, of size 1; a circle has none
     (), ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)), ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
     ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)), ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
@@ -34,7 +35,7 @@ class Series:
     name: str
     points: Sequence[Point]
     kind: Literal["line", "dots", "both", "band"] = "dots"
-    colour: int = 0
+    colour: int = 0  # a style, of which there are as many as one asks for: colour, dash and shape change in turn
     hollow: bool = False
     dashed: bool = False
     spans: Sequence[Point] = ()  # of a band: its edges at each point
@@ -91,6 +92,7 @@ def style(dark: bool | None = None) -> str:
 .figure .edge { fill: none; stroke-width: 1 }
 .figure .grid { stroke-width: 1 }
 """
+    rules += "".join(f".figure .d{turn} {{ stroke-dasharray: {dash} }}\n" for turn, dash in enumerate(DASHES) if dash)
     rules += _colours(dark or False)
     return rules + (f"@media (prefers-color-scheme: dark) {{\n{_colours(True)}}}\n" if dark is None else "")
 
@@ -168,12 +170,23 @@ def _written(lines: list[list[tuple[float, Series]]]) -> Iterator[str]:
         y = 36 + LINE * number
         for x, one in line:
             if one.kind == "band":
-                yield f'<rect class="band b{one.colour}" x="{x}" y="{y - 9}" width="14" height="10"/>'
+                yield f'<rect class="band b{_tone(one.colour)}" x="{x}" y="{y - 9}" width="14" height="10"/>'
             if one.kind in ("line", "both"):
-                yield f'<path class="line s{one.colour}{" dashed" * one.dashed}" d="M{x} {y - 4}h14"/>'
+                yield f'<path class="{_drawn(one)}" d="M{x} {y - 4}h14"/>'
             if one.kind in ("dots", "both"):
                 yield _dot(x + 7, y - 4, one, "")
             yield f'<text x="{x + 19}" y="{y}">{escape(one.name)}</text>'
+
+
+def _tone(style: int) -> int:
+    """The colour of a style: the first for itself, the others over and over."""
+    return 1 + (style - 1) % (len(COLOURS) - 1) if style else 0
+
+
+def _drawn(one: Series) -> str:
+    """The classes of a line."""
+    turn = max(one.colour - 1, 0) // (len(COLOURS) - 1) % len(DASHES)
+    return f"line s{_tone(one.colour)}" + (" dashed" if one.dashed else f" d{turn}" if turn else "")
 
 
 def _marks(one: Series, frame: _Frame) -> Iterator[str]:
@@ -181,13 +194,13 @@ def _marks(one: Series, frame: _Frame) -> Iterator[str]:
     if one.kind == "band":
         low = [frame.place(x, end) for (x, _), (end, _) in zip(one.points, one.spans, strict=True)]
         high = [frame.place(x, end) for (x, _), (_, end) in zip(one.points, one.spans, strict=True)]
-        yield f'<path class="band b{one.colour}" d="M{_joined([*low, *high[::-1]])}Z"/>'
+        yield f'<path class="band b{_tone(one.colour)}" d="M{_joined([*low, *high[::-1]])}Z"/>'
         return
     for (x, _), (low, high) in zip(one.points, one.spans, strict=False):
         (left, bottom), (_, top) = frame.place(x, low), frame.place(x, high)
-        yield f'<line class="bar s{one.colour}" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
+        yield f'<line class="bar s{_tone(one.colour)}" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
     if one.kind in ("line", "both") and places:
-        yield f'<path class="line s{one.colour}{" dashed" * one.dashed}" d="M{_joined(places)}"/>'
+        yield f'<path class="{_drawn(one)}" d="M{_joined(places)}"/>'
     if one.kind in ("dots", "both"):
         for number, (x, y) in enumerate(places):
             yield _dot(x, y, one, one.words[number] if one.words else "")
@@ -199,7 +212,7 @@ def _joined(places: Sequence[Point]) -> str:
 
 def _dot(x: float, y: float, one: Series, words: str) -> str:
     r = one.size
-    kind = f'class="dot {"h" if one.hollow else "f"}{one.colour}"'
+    kind = f'class="dot {"h" if one.hollow else "f"}{_tone(one.colour)}"'
     title = f"<title>{escape(words)}</title>" if words else ""
     corners = SHAPES[one.colour % len(SHAPES)]
     if not corners:

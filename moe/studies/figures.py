@@ -68,9 +68,10 @@ def _compute(fits: Fits) -> Figure:
 def _at(fits: Fits, flops: float, choice: Choice, total: float = np.inf) -> Optimum | None:
     judged = fits.judged[fits.best or ""]
     try:
-        return optimum(judged.law, judged.values, Budget(flops, total), choice, family(fits.rows))
+        found = optimum(judged.law, judged.values, Budget(flops, total), choice, family(fits.rows))
     except ConfigError:
         return None
+    return None if found.least else found
 
 
 def _flat(fits: Fits, verdict: Verdict) -> Iterator[Figure]:
@@ -83,10 +84,14 @@ def _flat(fits: Fits, verdict: Verdict) -> Iterator[Figure]:
     most = float(fits.x["flops"].max())
     for number, budget in enumerate((most / 10, most / 3, most, most * 3, most * 10)):
         found = [one for choice in asked if (one := _at(fits, budget, choice, verdict.limit))]
+        if not found:
+            continue
         points = [(one.choice.experts / one.choice.top_k, one.loss) for one in found]
         series.append(Series(f"{told(float(f'{budget:.2g}'))}", points, "both", colour=number + 1, size=3))
         first = min(range(len(found)), key=lambda at: found[at].loss)
-        stars.append((points[first], f"{found[first].choice} at {budget:.2g} FLOPs: {found[first].loss:.3f}"))
+        stars.append((points[first], f"{found[first].choice} at {compute(budget)} FLOPs: {found[first].loss:.3f}"))
+    if not series:
+        return
     best = Series("optimum", [star for star, _ in stars], "dots", 0, hollow=True, size=8, words=[words for _, words in stars])
     limit = f"at most {told(float(f'{verdict.limit:.3g}'))} parameters" if np.isfinite(verdict.limit) else "no limit of memory"
     caption = f"By the law {fits.best}, {limit}; each line is a budget in FLOPs, with the sizes and tokens that suit it best."

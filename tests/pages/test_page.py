@@ -108,6 +108,36 @@ def test_colours_stand_out_from_the_paper(dark):
         assert contrast(paper, [int(pair[dark][at : at + 2], 16) for at in (1, 3, 5)]) > 3.0
 
 
+@pytest.mark.parametrize("kind", ["line", "dots", "band"])
+def test_every_mark_of_many_has_a_rule_of_its_style(kind):
+    many = [Series(f"{n}", LINE, kind, n, spans=[(y, y + 1) for _, y in LINE], hollow=n % 2 == 1) for n in range(60)]
+    text = svg(Figure("many", "Many", "x", "y", many), alone=True)
+    used = {name for names in re.findall(r'class="([^"]+)"', text) for name in names.split() if re.fullmatch(r"[sfhbd]\d+", name)}
+    assert len(used) >= 8
+    assert all(re.search(rf"\.figure \.{name} {{", text) for name in used)
+
+
+def test_many_lines_and_dots_can_be_told_apart():
+    def marks(kind, count):
+        text = svg(Figure("many", "Many", "x", "y", [Series("", [(1, 1), (2, 2)], kind, n) for n in range(count)]))
+        return re.findall(r"<(?:path|circle) [^>]+>", text.split('class="marks"')[1])
+
+    assert len(set(marks("line", 29))) == 29  # in one place all, so that styles alone differ
+    assert len(set(marks("dots", 36))) == 2 * 36
+
+
+@needs_browser
+def test_lines_of_many_styles_are_visible(tmp_path):
+    path = tmp_path / "many.html"
+    many = Figure("many", "Many", "x", "y", [Series(f"{n}", [(1, n), (2, n)], "line", n) for n in range(24)])
+    path.write_text(html(Page("Many", "", ["Lines."], False, [Section("Part", figures=[many])])))
+    strokes = look(
+        path, "[...document.querySelectorAll('.marks path')].map(p => [getComputedStyle(p).stroke, getComputedStyle(p).strokeDasharray])"
+    )
+    assert len({tuple(stroke) for stroke in strokes}) == 24
+    assert "none" not in {colour for colour, _ in strokes}
+
+
 def test_nothing_is_fetched_and_nothing_runs():
     text = html(PAGE)
     assert not re.search(r"(src|href)=\"(?!data:,)|@import|url\(|<script", text)
