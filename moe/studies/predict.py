@@ -209,7 +209,7 @@ def _sentences(answer: Prediction, weight_bytes: float) -> list[str]:
     return [line for line in lines if line]
 
 
-def comparison(dense: float | None, first: Optimum, *, limited: bool = True) -> str:
+def comparison(dense: float | None, first: Optimum, *, limited: bool) -> str:
     """What a dense model would need for the same loss; `limited`: whether memory or inference is."""
     if first.choice == DENSE:
         return ""

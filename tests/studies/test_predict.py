@@ -71,7 +71,7 @@ def test_a_budget_beyond_the_runs_says_so():
 def test_limits_are_spoken_of_where_there_are_some():
     first = ask(ABNAR, Budget(1e21)).found[0]
     assert comparison(None, first, limited=False) == "No dense model would reach that, not at 10,000x the compute."
-    assert comparison(None, first) == "No dense model within these limits would reach that, not at 10,000x the compute."
+    assert comparison(None, first, limited=True) == "No dense model within these limits would reach that, not at 10,000x the compute."
     assert Budget(1e21, active=1e9).limited
     assert not Budget(1e21, served=1e9).limited
 
