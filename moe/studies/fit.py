@@ -226,8 +226,8 @@ def bootstrap(
 
     def drawn() -> Column:
         if groups is None:
-            return chance.choice(wide - wide.mean(), n)
-        return wide * chance.choice((-1.0, 1.0), apart)[place]
+            return (wide - wide.mean())[chance.integers(n, size=n)]
+        return wide * np.where(chance.random(apart) < 0.5, -1.0, 1.0)[place]
 
     return [refine(found.law, points, np.exp(stated + drawn()), found.values, soft=soft, most=_AGAIN, near=1e-5) for _ in range(draws)]
 

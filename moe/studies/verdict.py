@@ -13,6 +13,7 @@ from moe.studies.family import choice_of, choices, family
 from moe.studies.fit import unusual
 from moe.studies.optimum import DENSE, Budget, Choice, Family, Optimum, Sizes, best, check, dense_multiple, points_of
 from moe.studies.predict import compute, short, weight
+from moe.studies.predict import times as factor
 from moe.studies.rows import Row
 
 _OPEN = 0.05  # of the loss: an answer less certain is none
@@ -162,6 +163,8 @@ def unidentified(fits: Fits, judged: Judged, found: Verdict) -> list[str]:
     if found.sizes[1] > _APART * found.sizes[0]:
         low, high = (short(size) for size in found.sizes)
         reasons.append(f"the best size is open: nine of ten draws put N_active between {low} and {high}")
+    if answer.least:
+        reasons.append(f"the best size is below the smallest that is asked about, {short(answer.base)} parameters of a dense model")
     for what, times in found.further.items():
         if max(times, 1 / times) > _FAR:
             reasons.append(f"its {what} are {_beyond(times)} those of any run of its kind, and further than {_FAR:.0f}x no law is followed")
@@ -169,7 +172,7 @@ def unidentified(fits: Fits, judged: Judged, found: Verdict) -> list[str]:
 
 
 def _beyond(times: float) -> str:
-    return f"{times:,.3g}x above" if times > 1 else f"{1 / times:,.3g}x below"
+    return f"{factor(times)} above" if times > 1 else f"{factor(1 / times)} below"
 
 
 def _sentences(found: Verdict, fits: Fits, weight_bytes: float) -> list[str]:
@@ -192,8 +195,8 @@ def _of_dense(found: Verdict) -> str:
     times, low, high = found.dense
     if times == np.inf:
         return "; no dense model would reach that, not at 10,000x the compute"
-    most = "any multiple" if high == np.inf else f"{high:.2f}x"
-    return f"; dense would need {times:.2f}x the compute ({low:.2f}x to {most})"
+    most = "any multiple" if high == np.inf else factor(high)
+    return f"; dense would need {factor(times)} the compute ({factor(low)} to {most})"
 
 
 def extrapolation(found: Verdict) -> str:
