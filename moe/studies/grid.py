@@ -249,7 +249,7 @@ def _run(study: Study, cell: Cell, twin: Run | None = None) -> Run:
         recipe = _validated(tree | {"train": tree["train"] | {"seed": cell.seed + OTHER_ORDER}})
     name = identity(recipe)
     axes = {**cell.family.model_dump(), "experts": cell.experts, "top_k": cell.top_k, "granularity": cell.granularity,
-            "router": cell.router["name"] if cell.router else _DENSE, "tokens": round(cell.tokens), "seed": cell.seed, "lr": lr,
+            "router": _named(cell.router) if cell.router else _DENSE, "tokens": round(cell.tokens), "seed": cell.seed, "lr": lr,
             "lr_factor": cell.factor, "batch": batch, "budget": cell.budget}  # fmt: skip
     axes |= {} if origin is None else {"begin": origin.label, "dense": origin.twin.tokens}
     placed = _placed(study, recipe, name)
@@ -305,6 +305,11 @@ def _recipe(study: Study, cell: Cell, steps: int, warmup: int, batch: int, lr: f
         schedule["decay"] = scaling.decay
     train = tree.get("train", {}) | {"steps": steps, "batch": batch, "seed": cell.seed}
     return _validated(tree | {"train": train, "optimizer": tree.get("optimizer", {}) | {"lr": lr}, "schedule": schedule})
+
+
+def _named(router: dict[str, Any]) -> str:
+    """A router with its settings, as axes and figures name it."""
+    return " ".join([router["name"], *(f"{name}={value}" for name, value in router.items() if name != "name")])
 
 
 def _router(cell: Cell) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,15 +15,16 @@ from moe.errors import ConfigError
 from moe.pages.figure import Figure
 from moe.pages.page import Page, Section, Table
 from moe.studies import speeds, tables, upcycling
-from moe.studies.compare import FIT, Fits, fits_of
+from moe.studies.compare import FIT, Fits, fits_of, together
 from moe.studies.figures import figures
 from moe.studies.gains import helps
 from moe.studies.predict import compute, quantity, weight
 from moe.studies.rows import Row, read
 from moe.studies.site import again, write
-from moe.studies.verdict import Verdict, conclude
+from moe.studies.verdict import Verdict, conclude, extrapolation
 
 _WIDE = 140  # columns, where no terminal says
+_WEIGHT_BYTES = 2.0  # that the verb takes where nothing is said
 _FURTHER = (3.0, 10.0)  # times the FLOPs that were asked for: what the law says next
 
 
@@ -126,7 +128,8 @@ def _budgets(fits: Fits, verdict: Verdict, asked: Budgets) -> list[Table]:
     rows = []
     for times in (1.0, *_FURTHER):
         found = verdict if times == 1 else conclude(fits, flops * times, asked.memory, weight_bytes=asked.weight_bytes)
-        said = found.sentences[0].removesuffix(".").partition(": ")[2] if found.sentences else f"no verdict: {_joined(found.refused)}"
+        said = found.sentences[0].partition(": ")[2] if found.sentences else f"no verdict: {_joined(found.refused)}"
+        said += f" {extrapolation(found)}" if found.sentences else ""
         rows.append([compute(flops * times), said])
     limit = f", at most {weight(asked.memory)} of weights" if asked.memory else ""
     return [tables.answers(verdict, asked.weight_bytes), Table(f"At larger budgets{limit}", ["FLOPs", "verdict"], rows)]
@@ -134,6 +137,11 @@ def _budgets(fits: Fits, verdict: Verdict, asked: Budgets) -> list[Table]:
 
 def _trust(fits: Fits) -> list[str]:
     lines = [f"The laws were fitted to {len(fits.rows)} runs, and again to all but the {int(fits.held.sum())} of the most FLOPs."]
+    if together(fits.rows) is not None:
+        lines.append(
+            "Runs off one trunk share most of their steps: draws keep what they miss by together, and shorter runs off the trunks of"
+        )
+        lines[-1] += " those held out were among the fitted ones."
     lines.append(f"{tables.noise(fits).capitalize()}.")
     return lines + [f"{name} was not fitted: {why}." for name, why in fits.refused.items()]
 
@@ -143,8 +151,10 @@ def _fits(fits: Fits) -> list[Table]:
 
 
 def _again(name: str, rows: Sequence[Row], fits: Fits, asked: Budgets) -> Section:
-    options = f" --flops {asked.flops:g}" if asked.flops else ""
-    options += f" --memory {asked.memory / 1e9:g}GB" if asked.memory else ""
-    facts = fits.facts
+    options = f" --flops {asked.flops!r}" if asked.flops else ""
+    options += f" --memory {asked.memory!r}" if asked.memory else ""
+    options += f" --weight-bytes {asked.weight_bytes!r}" if asked.weight_bytes != _WEIGHT_BYTES else ""
+    facts, folder = fits.facts, shlex.quote(name)
     made = f"seed {facts['seed']}, {facts['draws']} bootstraps, {facts['seconds']} s, moe {facts['moe']}"
-    return again(name, rows, [f"moe study fit {name}", f"moe study report {name}{options}"], [["fit", made]])
+    verbs = [f"moe study fit {folder} --draws {facts['draws']}", f"moe study report {folder}{options}"]
+    return again(name, rows, verbs, [["fit", made]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from moe.pages import png
 from moe.pages.figure import svg
 from moe.pages.page import Page, Section, Table, html, markdown
+from moe.studies.form import STUDY
 from moe.studies.rows import RESULTS, Row
 
 FIGURES = "figures"
@@ -44,10 +46,10 @@ def again(name: str, rows: Sequence[Row], verbs: Sequence[str], facts: Sequence[
         ["tokenizer", all_of(row.tokenizer for row in rows)],
         ["seeds", all_of(row.axes.get("seed", 0) for row in rows)],
         *facts,
-        ["hours of all runs", f"{sum(row.seconds for row in rows) / 3600:.2f}"],
+        ["hours of runs' own processes, without trunks", f"{sum(row.seconds for row in rows) / 3600:.2f}"],
     ]
     axes = [json.dumps({"id": row.id} | row.axes) for row in rows]
-    code = "\n".join([f"moe study run {name}.yaml", *verbs]) + "\n\n" + "\n".join(axes)
+    code = "\n".join([f"moe study run {shlex.quote(f'{name}/{STUDY}')}", *verbs]) + "\n\n" + "\n".join(axes)
     words = [
         f"Every run is a folder runs/<id> with its recipe; {RESULTS} holds a row for each. Below: the commands, and where each run stands."
     ]

@@ -60,12 +60,14 @@ def answers(verdict: Verdict, weight_bytes: float) -> Table:
 
 def runs(rows: Sequence[Row]) -> Table:
     """Every run that is done."""
+    several = len({row.axes.get("router") for row in rows if row.experts > 1}) > 1
     head = ["run", "model", "width", "N_active", "N_total", "tokens", "FLOPs", "seed", "rate", "loss", "bits/byte", "ms/step"]
     lines = []
     for row in sorted((row for row in rows if row.status == "done"), key=lambda row: row.flops):
         choice = "dense" if row.experts == 1 else f"{row.experts} experts, top-{round(row.experts * (1 - row.sparsity))}"
         choice += f", G={row.granularity:g}" if row.granularity != 1 else ""
         choice += f", {row.begin}" if row.begin else ""
+        choice += f", {row.axes.get('router')}" if several and row.experts > 1 else ""
         axes, made = row.axes, [short(row.active), short(row.total), short(row.tokens), f"{row.flops:.3g}"]
         found = [f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}" if row.bits_per_byte else "", f"{row.step_ms:.4g}" if row.step_ms else ""]
         lines.append(
@@ -96,7 +98,8 @@ def noise(fits: Fits) -> str:
     """The noise floor, or that there is none."""
     if not fits.noise.known:
         return "noise: not known, as no two runs differ in their seed alone; add seeds"
-    return f"noise: {fits.noise.relative:.2%} of the loss between seeds, from {fits.noise.runs} runs of {fits.noise.cells} places"
+    relative, cells, runs = fits.noise
+    return f"noise: {relative:.2%} of the loss between seeds, from {runs} runs of {cells} place{'s' * (cells > 1)}"
 
 
 def _lines(table: Table) -> Lines:

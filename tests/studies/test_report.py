@@ -23,7 +23,7 @@ def folder(planted):
 def test_the_page_answers_first_and_says_how_to_make_it_again(folder):
     text = (folder / "report.html").read_text()
     assert text.index("For 5e14 FLOPs") < text.index("What was found")
-    for part in ("0123abc", "a machine, 4 cores", "c0ffee", "out of memory", "the loss was not finite", "moe study run sparsity.yaml",
+    for part in ("0123abc", "a machine, 4 cores", "c0ffee", "out of memory", "the loss was not finite", "moe study run sparsity/study.yaml",
                  '&quot;lr_factor&quot;: 2.0', "add runs, or choose another law"):  # fmt: skip
         assert part in text
     assert "<script" not in text

@@ -150,7 +150,7 @@ def test_the_report_of_such_a_study_is_this_page(tmp_path):
     assert done.output.startswith("After 2x the dense model's FLOPs more, copy is 0.0")
     text = (folder / "report.md").read_text()
     for part in ("# Made sparse, or trained on as it is? up", "| copy | 4 experts top-2 | 4M | 2M |", "| 4 experts top-2 | 2,500 | 200 |",
-                 "No law was fitted to all 30 runs", "moe study run up.yaml", "0123abc", "| seeds | 0, 1, 2 |"):  # fmt: skip
+                 "No law was fitted to all 30 runs", "moe study run up/study.yaml", "0123abc", "| seeds | 0, 1, 2 |"):  # fmt: skip
         assert part in text
     done = CliRunner().invoke(app, ["study", "report", str(folder), "--flops", "1e15"])
     assert done.exit_code == 2
