@@ -164,9 +164,15 @@ def why_not(law: Law, x: Points, loss: Column) -> str | None:
 
 def sees(law: Law, x: Points) -> bool:
     """Whether a law tells apart what these runs differ in: in experts, and in how fine they are."""
-    several = {name: len(np.unique(x[name])) > 1 for name in ("experts", "granularity")}
+    several = differ(x)
     of_experts = {"experts", "sparsity", "total"} & set(law.columns)
-    return bool(of_experts or not several["experts"]) and ("granularity" in law.columns or not several["granularity"])
+    return bool(of_experts or "experts" not in several) and ("granularity" in law.columns or "granularity" not in several)
+
+
+def differ(x: Points) -> list[str]:
+    """In which divisions of a layer these runs differ; a dense one is neither coarse nor fine."""
+    fine = x["granularity"][x["experts"] > 1]
+    return [name for name, column in (("experts", x["experts"]), ("granularity", fine)) if len(np.unique(column)) > 1]
 
 
 def together(rows: Sequence[Row]) -> NDArray[np.int64] | None:

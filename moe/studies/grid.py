@@ -308,8 +308,10 @@ def _recipe(study: Study, cell: Cell, steps: int, warmup: int, batch: int, lr: f
 
 
 def _named(router: dict[str, Any]) -> str:
-    """A router with its settings, as axes and figures name it."""
-    return " ".join([router["name"], *(f"{name}={value}" for name, value in router.items() if name != "name")])
+    """A router with those of its settings that are not the defaults, as axes and figures name it."""
+    usual = inspect.signature(entry(ROUTERS, router["name"], "router")).parameters
+    set_here = (f"{name}={value}" for name, value in router.items() if name in usual and name != "k" and value != usual[name].default)
+    return " ".join([router["name"], *set_here])
 
 
 def _router(cell: Cell) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.errors import ConfigError
-from moe.studies.compare import Fits, Judged, as_good, between, sees
+from moe.studies.compare import Fits, Judged, as_good, between, differ, sees
 from moe.studies.family import choice_of, choices, family
 from moe.studies.fit import unusual
 from moe.studies.optimum import DENSE, Budget, Choice, Family, Optimum, Sizes, best, check, dense_multiple, points_of
@@ -88,7 +88,7 @@ def _blind(fits: Fits, judged: Judged) -> str | None:
     if "tokens" not in judged.law.columns:
         return f"the law {name} knows nothing of tokens, so no budget divides between size and tokens; add runs of other lengths"
     if not sees(judged.law, fits.x):
-        several = [what for what in ("experts", "granularity") if len(np.unique(fits.x[what])) > 1]
+        several = differ(fits.x)
         why = fits.refused["krajewski" if "granularity" in several else "ludziejewski"]
         return f"the runs differ in {' and '.join(several)}, which is nothing to the law {name}, and no other could be fitted: {why}"
     return None

@@ -281,6 +281,11 @@ def test_a_design_that_cannot_identify_its_law_is_refused_in_a_sentence(study):
     assert set(LAWS) >= {"chinchilla", "ludziejewski"}
 
 
+def test_two_settings_of_one_router_are_two_routers(study):
+    both = study("axes.router=[top_k, {name: top_k, normalize: none, balance_loss: 0.1}]", "axes.experts=[4]")
+    assert {run.axes["router"] for run in grid(both)} == {"top_k", "top_k normalize=none balance_loss=0.1"}
+
+
 def test_values_that_would_be_worse_than_guessing_are_no_truth(study):
     three = [f"{{d_model: {width}, layers: 2, heads: 2, d_ff: {3 * width}}}" for width in (16, 32, 64)]
     small = study(f"axes.family=[{', '.join(three)}]", "axes.tokens=[20_000, 40_000, 80_000]", "axes.experts=[1]")
