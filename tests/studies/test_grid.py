@@ -282,7 +282,7 @@ def test_a_design_that_cannot_identify_its_law_is_refused_in_a_sentence(study):
 
 
 def test_two_settings_of_one_router_are_two_routers(study):
-    both = study("axes.router=[top_k, {name: top_k, normalize: none, balance_loss: 0.1}]", "axes.experts=[4]")
+    both = study("axes.router=[top_k, {name: top_k, normalize: none, balance_loss: 0.1}]", "axes.experts=[4]", "axes.top_k=[2]")
     assert {run.axes["router"] for run in grid(both)} == {"top_k", "top_k normalize=none balance_loss=0.1"}
 
 
