@@ -11,6 +11,7 @@ from rich.table import Table
 
 import moe
 from moe.kernels import GROUPED_MLP, why
+from moe.train.folder import processor
 
 OPTIONAL = ("triton", "transformers", "datasets", "deepspeed", "megablocks", "tensorboard", "wandb")
 
@@ -21,7 +22,8 @@ def doctor() -> Table:
     table.add_row("moe", moe.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}")
-    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads a process")
+    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads a process"
+    table.add_row("cpu", f"{processor()}, {cores}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         table.add_row(f"gpu {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")

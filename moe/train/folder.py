@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,9 +91,16 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def processor() -> str:
+    """The processor's name where the system tells it, as in "AMD EPYC"; its architecture elsewhere."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """What the run was made with: versions, machine, commit."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or platform.machine()]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [processor()]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "moe": moe.__version__,
