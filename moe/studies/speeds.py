@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from moe.studies.begin import has_weights
 from moe.studies.grid import Run
 from moe.studies.job import held
 from moe.studies.rows import RUNS, shape
-from moe.train.folder import write_whole
+from moe.train.folder import processor, write_whole
 from moe.train.sample import open_model
 
 SPEEDS = "speeds.json"  # of a study's folder
@@ -52,7 +51,7 @@ def measure(study: Path, runs: Sequence[Run]) -> str | None:
             return f"how fast the models are in use was not measured: weights of {', '.join(sorted(wanted.keys() - there.keys()))} are gone"
         largest = max((run for run in runs if run.origin is not None), key=lambda run: run.base)
         found = speeds(there)
-        facts: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": 1, "tokens": TOKENS}
+        facts: dict[str, Any] = {"machine": processor(), "threads": 1, "tokens": TOKENS}
         facts["family"] = {name: largest.axes[name] for name in ("d_model", "layers", "heads", "d_ff")}
         write_whole(study / SPEEDS, json.dumps({**facts, "speeds": found}, indent=1) + "\n")
     return f"how fast {len(there)} models are in use: {study / SPEEDS}"
