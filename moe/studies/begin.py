@@ -17,7 +17,7 @@ from moe.errors import ConfigError, MoeError
 from moe.model.settings import sparse_layers
 from moe.recipe import Recipe
 from moe.studies.form import Begin
-from moe.studies.rows import RUNS
+from moe.studies.rows import RUNS, brief
 from moe.surgery.job import Source, Spec
 from moe.surgery.routers import weights_of
 from moe.surgery.upcycle import Options, upcycle
@@ -52,7 +52,7 @@ def origin_of(begin: Begin, twin: Twin, recipe: Recipe) -> Origin:
     moe = recipe.model.moe
     if moe is None:
         return Origin(twin.id, twin, CONTINUED, None)
-    variant, d_ff, router = dict(begin.variant), twin.recipe.model.d_ff, moe.router
+    variant, d_ff, router = brief(begin.variant, Begin.model_fields["variant"]), twin.recipe.model.d_ff, moe.router
     name = variant.pop("name")
     if router["name"] != "top_k" or weights_of(router) != "sum_to_one":
         told = ", ".join(f"{key}={router[key]}" for key in ("name", "normalize") if key in router)

@@ -7,14 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from moe.choice import Entries
 from moe.config import load
 from moe.errors import ConfigError, DataError
-from moe.recipe import Recipe
+from moe.model.settings import Moe
+from moe.recipe import Data, Recipe
 from moe.studies.laws import Column, Points
 
 RESULTS, RUNS = "results.jsonl", "runs"
@@ -77,16 +80,40 @@ def shape(axes: Mapping[str, Any]) -> str:
 def identity(recipe: Recipe) -> str:
     """A run's name: a hash of all in which its recipe differs from the defaults, but for where it lives.
 
-    Settings that moe learns later leave it as it is. How long a trunk is, is none of its identity. Of what a run begins with only
-    the folder's own name counts, which is a hash of what that was made of.
+    Settings that moe learns later leave it as it is, and so do options of its router and sources. How long a trunk is, is none of its
+    identity. Of what a run begins with only the folder's own name counts, which is a hash of what that was made of.
     """
     tree = recipe.model_dump(mode="json", exclude_defaults=True)
     tree.pop("run", None)
+    if router := ((tree.get("model") or {}).get("moe") or {}).get("router"):
+        tree["model"]["moe"]["router"] = brief(router, Moe.model_fields["router"])
+    if sources := tree.get("data", {}).get("sources"):
+        tree["data"]["sources"] = [brief(source, Data.model_fields["sources"]) for source in sources]
     if recipe.origin is not None:
         tree["init"] = {"from": recipe.origin.name}
     if recipe.schedule.name == "constant":
         tree.get("train", {}).pop("steps", None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def brief(choice: Mapping[str, Any], field: Any) -> dict[str, Any]:
+    """A choice with those of its options alone that are not the defaults; `field` is that of the form, or an annotation."""
+    entries = _entries(field)
+    assert entries is not None
+    kept = {"name": choice["name"]}
+    for name, (annotation, default) in entries.options(choice["name"]).items():
+        value, inner = choice[name], _entries(annotation)
+        if inner is not None:  # a router that wraps another
+            value = brief(inner.resolve(value), annotation)
+            default = default if default is Parameter.empty else brief(inner.resolve(default), annotation)
+        if default is Parameter.empty or json.loads(json.dumps(value)) != json.loads(json.dumps(default)):
+            kept[name] = value
+    return kept
+
+
+def _entries(annotation: Any) -> Entries | None:
+    parts = (*getattr(annotation, "metadata", ()), *get_args(getattr(annotation, "annotation", annotation)))
+    return next((found for part in parts if (found := part if isinstance(part, Entries) else _entries(part)) is not None), None)
 
 
 def append(folder: Path, row: Row) -> None:
@@ -101,19 +128,32 @@ def append(folder: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def latest(folder: Path) -> dict[str, Row]:
-    """The last row of each run, by its id, in the order in which runs first ended."""
+def every(folder: Path) -> list[Row]:
+    """Every row that was ever appended, in order."""
     path = folder / RESULTS
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else (), 1):
-        if not line.endswith("\n"):
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+        if not line.endswith(b"\n"):
             break
         try:
-            row = Row(**json.loads(line))
+            rows.append(Row(**json.loads(line)))
         except (ValueError, TypeError):
             raise DataError(f"{path}:{number} is no row of a study, {line[:30]!r}; remove that line") from None
-        rows[row.id] = row
     return rows
+
+
+def latest(folder: Path) -> dict[str, Row]:
+    """The last row of each run, by its id, in the order in which runs first ended; of one that was done once, the last done."""
+    return newest(every(folder))
+
+
+def newest(rows: Sequence[Row]) -> dict[str, Row]:
+    """As `latest`, of rows that were read before."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.status == "done" or row.id not in found or found[row.id].status != "done":
+            found[row.id] = row
+    return found
 
 
 def read(folder: str | Path) -> list[Row]:
