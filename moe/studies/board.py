@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from moe.studies.form import Means
 from moe.studies.grid import Run
 from moe.studies.job import Job, branch, reached, step_now, take, tidy
 from moe.studies.price import Pace, seconds_of
-from moe.studies.rows import RUNS, Row, latest
+from moe.studies.rows import RUNS, Row, every, newest
 from moe.studies.speeds import SPEEDS, timed
 
 
@@ -33,14 +35,31 @@ class Share(NamedTuple):
         return int(name[:8], 16) % self.of == self.index
 
 
+def needed(runs: Sequence[Run], only: Collection[str] | None) -> set[str]:
+    """Which runs are to be done if only these are asked for."""
+    asked = [run for run in runs if only is None or run.id in only]
+    return {run.id for run in asked} | {run.origin.twin.id for run in asked if run.origin is not None}
+
+
 class Board:
-    """The state of a study. `again`: runs that did not end well and are to be tried once more."""
+    """The state of a study. `again`: runs to be tried once more, and how many rows each had when that was asked for.
+
+    `only`: runs that are to be done, with the dense twins they need; None for all.
+    """
 
     def __init__(
-        self, study: Path, runs: list[Run], means: Means, pace: Pace, *, share: Share = Share(), again: set[str] | None = None
+        self,
+        study: Path,
+        runs: list[Run],
+        means: Means,
+        pace: Pace,
+        *,
+        share: Share = Share(),
+        again: Mapping[str, int] = {},
+        only: Collection[str] | None = None,
     ) -> None:
         self.study, self.runs, self.means, self.pace, self.share = study, {run.id: run for run in runs}, means, pace, share
-        self.again = again or set()
+        self.again, self.only = again, needed(runs, only)
         self.rows: dict[str, Row] = {}
         self.sharing: dict[str, list[Run]] = {}
         for run in runs:
@@ -55,9 +74,11 @@ class Board:
 
     def look(self) -> None:
         """Read what other workers recorded. A dense twin whose weights are gone and needed once more has no row."""
-        self.rows = {name: row for name, row in latest(self.study).items() if name in self.runs and name not in self.again}
+        ended = every(self.study)
+        counts = Counter(row.id for row in ended)
+        self.rows = {name: row for name, row in newest(ended).items() if name in self.runs and counts[name] > self.again.get(name, 0)}
         for run in self.missing():
-            if run.origin is not None and self._waits(run) and not has_weights(self.study, run.origin.id):
+            if run.origin is not None and self.waits(run) and not has_weights(self.study, run.origin.id):
                 twin = run.origin.twin.id
                 if twin in self.rows and self.rows[twin].status == "done" and not has_weights(self.study, twin):
                     del self.rows[twin]
@@ -65,11 +86,11 @@ class Board:
     def doomed(self) -> list[tuple[Run, Row]]:
         """Runs that cannot begin because their dense twin did not end well, whose row it is."""
         twins = [(run, self.rows.get(run.origin.twin.id)) for run in self.missing() if run.origin is not None]
-        return [(run, row) for run, row in twins if row is not None and row.status != "done" and self._waits(run)]
+        return [(run, row) for run, row in twins if row is not None and row.status != "done" and self.waits(run)]
 
     def missing(self) -> list[Run]:
-        """Runs without a row, in the study's order."""
-        return [run for name, run in self.runs.items() if name not in self.rows]
+        """Runs without a row that are to be done, in the study's order."""
+        return [run for name, run in self.runs.items() if name in self.only and name not in self.rows]
 
     def jobs(self) -> list[Job]:
         """What could start now, the worker's own share first, and of that the longest chain of processes."""
@@ -93,7 +114,7 @@ class Board:
             until = min(start for start in self.starts(trunk.id) if start > at)
             job = Job(trunk.id, trunk.recipe, until, None, seconds_of(run, self.pace, at, until))
             chain += seconds_of(run, self.pace, at, trunk.start)
-        if run.origin is None or not self._waits(run) or has_weights(self.study, run.origin.id):
+        if run.origin is None or not self.waits(run) or has_weights(self.study, run.origin.id):
             return job, chain
         chain += self.pace.around
         if run.origin.twin.id not in self.rows:
@@ -101,7 +122,7 @@ class Board:
             return job, before + chain
         return Job(run.origin.id, None, 0, None, self.pace.around, run.origin), chain
 
-    def _waits(self, run: Run) -> bool:
+    def waits(self, run: Run) -> bool:
         """Whether a run that is to begin with another has not done so: neither it nor its trunk has a checkpoint to go on from."""
         if reached(self.study, run.id):
             return False
@@ -110,7 +131,7 @@ class Board:
 
     def _can_begin(self, run: Run) -> bool:
         """Whether what a run begins with is there, or needed no more."""
-        if run.origin is None or not self._waits(run):
+        if run.origin is None or not self.waits(run):
             return True
         twin = self.rows.get(run.origin.twin.id)  # whose weights may be there before it is known how it ended
         return twin is not None and twin.status == "done" and has_weights(self.study, run.origin.id)
@@ -125,13 +146,13 @@ class Board:
         if job.origin is not None:
             twin, users = self.rows.get(job.origin.twin.id), (run for run in self.begun[job.id] if run.id not in self.rows)
             done = twin is not None and twin.status == "done" and not has_weights(self.study, job.id)
-            return done and any(self._waits(run) for run in users)
+            return done and any(self.waits(run) for run in users)
         if job.run is not None:
             return job.id not in self.rows and self._begins(job.run) and self._can_begin(job.run)
         for run in self.sharing[job.id]:
             assert run.trunk is not None
-            if run.id not in self.rows and run.trunk.start <= reached(self.study, job.id) and not self._begins(run, holding=True):
-                return False
+            if run.id not in self.rows and run.trunk.start <= reached(self.study, job.id):
+                self._begins(run, holding=True)
         at = reached(self.study, job.id)
         return job.steps in self.starts(job.id) and at < job.steps and (at > 0 or self._can_begin(self.sharing[job.id][0]))
 

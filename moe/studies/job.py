@@ -35,6 +35,11 @@ _FULL = ("out of memory", "not enough memory", "can't allocate memory", "cannot 
 _LAST = 400  # characters of a log that say why
 
 
+def quoted(folder: Path) -> str:
+    """A path as a word of the command line holds it, whatever YAML would make of its letters."""
+    return json.dumps(str(folder), ensure_ascii=False)
+
+
 class Outcome(NamedTuple):
     """How a process ended."""
 
@@ -57,7 +62,7 @@ class Job(NamedTuple):
         if self.origin is not None:
             return words(study, self.origin)
         folder = study / RUNS / self.id
-        return ["train", str(folder / "recipe.yaml"), f"run.folder={folder}", f"train.steps={self.steps}"]
+        return ["train", str(folder / "recipe.yaml"), f"run.folder={quoted(folder)}", f"train.steps={self.steps}"]
 
     def log(self, study: Path) -> Path:
         """What the process says; a conversion's folder is not there until it is whole."""
@@ -170,6 +175,16 @@ def take(study: Path, name: str) -> Any | None:
     return file
 
 
+def locked(study: Path, name: str) -> bool:
+    """Whether another process has a run's lock."""
+    if not (study / RUNS / f"{name}.lock").exists():
+        return False
+    lock = take(study, name)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
 @contextmanager
 def held(study: Path, name: str) -> Iterator[None]:
     """Hold a run's lock, waiting for it."""
@@ -189,7 +204,7 @@ def make(study: Path, recipe: Recipe, name: str) -> Path:
     check_unedited(folder)
     if recipe.origin is not None and load([path]).origin != recipe.origin:  # the study was moved since
         write_whole(path, dump(recipe))
-    if not (folder / TOKENS).is_symlink():
+    if not os.path.lexists(folder / TOKENS):  # a copy of a study may hold the corpus itself there
         (folder / TOKENS).symlink_to(Path("..") / ".." / TOKENS)
     return folder
 

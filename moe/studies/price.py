@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -20,7 +20,7 @@ from moe.model.cost import Cost
 from moe.recipe import Recipe
 from moe.studies.form import Means
 from moe.studies.grid import Run, tokens_a_step
-from moe.studies.job import LOG, TOKENS, held
+from moe.studies.job import LOG, TOKENS, held, quoted
 from moe.train.folder import write_whole
 from moe.train.metrics import read
 
@@ -68,11 +68,20 @@ def measure(study: Path, runs: list[Run], means: Means) -> Pace:
     pair = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
     known, key = study / "pace.json", [*(run.id for run in pair), means.threads, os.cpu_count()]
     with held(study, PACE):  # several workers may begin at once
-        if known.exists() and (before := json.loads(known.read_text())).get("of") == key:
-            return Pace(*before["pace"])
+        if (before := remembered(study)) is not None and before[1] == key:
+            return before[0]
         pace = _timed(study / PACE, pair, means.threads)
         write_whole(known, json.dumps({"of": key, "pace": pace}) + "\n")
     return pace
+
+
+def remembered(study: Path) -> tuple[Pace, Any] | None:
+    """The speed that was measured last, and of what; None if there is none, or a kill cut it short."""
+    try:
+        before = json.loads((study / "pace.json").read_text())
+        return Pace(*before["pace"]), before["of"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _timed(folder: Path, pair: list[Run], threads: int) -> Pace:
@@ -99,7 +108,7 @@ def _start(folder: Path, recipe: Recipe, threads: int) -> subprocess.Popen[bytes
     alone = recipe.model_copy(update={"init": Recipe.model_fields["init"].get_default(call_default_factory=True)})
     write_whole(folder / "recipe.yaml", dump(alone))  # what it begins with is not there yet
     (folder / TOKENS).symlink_to(Path("..") / ".." / TOKENS)
-    words = [f"run.folder={folder}", f"train.steps={_STEPS}", "log.every=1", "evaluate.sequences=1"]
+    words = [f"run.folder={quoted(folder)}", f"train.steps={_STEPS}", "log.every=1", "evaluate.sequences=1"]
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "moe", "train", str(folder / "recipe.yaml"), *words],

@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from rich.console import Console
 from moe.config import load
 from moe.errors import ConfigError, Preempted
 from moe.studies import design, price, speeds
-from moe.studies.board import Board, Share
+from moe.studies.begin import has_weights
+from moe.studies.board import Board, Share, needed
 from moe.studies.form import STUDY, Means, Study, opened
 from moe.studies.grid import Run, grid
-from moe.studies.job import Job, Outcome, Process, devices, make, prepare_corpus, row_of, take, workers_of
-from moe.studies.rows import Row, append, check_unedited, latest
-from moe.studies.status import WIDE, Progress, show
+from moe.studies.job import Job, Outcome, Process, devices, make, prepare_corpus, quoted, reached, row_of, take, workers_of
+from moe.studies.rows import Row, append, check_unedited, every, latest, newest
+from moe.studies.status import WIDE, Progress, home, show
 from moe.train.folder import flatten, write_whole
 
 _LOOK_SECONDS = 0.5
@@ -29,48 +31,79 @@ _LOOK_SECONDS = 0.5
 
 def run(words: Sequence[str], *, yes: bool = False, workers: int | None = None, share: str = "0/1") -> int:
     """Run what is missing of a study; the exit code is 0 if all of it is done, or if others are at what is left."""
-    files = [word for word in words if "=" not in word]
+    files, settings = [Path(word) for word in words if "=" not in word], [word for word in words if "=" in word]
     if not files:
         raise ConfigError("no study is named; give a YAML file, such as configs/studies/debug.yaml")
-    study = load(files, [word for word in words if "=" in word], Study)
-    return _run(study, Path(study.means.folder), yes=yes, workers=workers, share=Share.read(share), again=set())
+    if gone := [file for file in files if not file.exists()]:
+        raise ConfigError(f"{gone[0]} is not there; give a study's YAML file, such as configs/studies/debug.yaml, or a study's folder")
+    if own := [folder for file in files if (folder := home(file)) is not None]:
+        opened(own[-1])
+        settings = [f"means.folder={quoted(own[-1])}", *settings]  # it may have been moved
+    study = load([file / STUDY if file.is_dir() else file for file in files], settings, Study)
+    return _run(study, Path(study.means.folder), yes=yes, workers=workers, share=Share.read(share))
 
 
 def retry(path: Path, *, failed: bool, workers: int | None = None) -> int:
     """Run again what did not end well."""
     if not failed:
         raise ConfigError("moe study retry says nothing of what to try again; add --failed")
-    study, folder = opened(path)
-    again = {row.id for row in latest(folder).values() if row.status != "done"}
+    study, folder = opened(home(path) or path)
+    ended = every(folder)
+    counts = Counter(row.id for row in ended)
+    again = {row.id: counts[row.id] for row in newest(ended).values() if row.status != "done"}
     return _run(study, folder, yes=True, workers=workers, share=Share(), again=again)
 
 
-def _run(study: Study, folder: Path, *, yes: bool, workers: int | None, share: Share, again: set[str]) -> int:
+def _run(study: Study, folder: Path, *, yes: bool, workers: int | None, share: Share, again: Mapping[str, int] | None = None) -> int:
+    """`again`: the runs to be done, and how many rows each had when it was decided to try them again; None for all that is missing."""
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-    runs, means = grid(study), study.means
-    again &= {one.id for one in runs}
-    folder.mkdir(parents=True, exist_ok=True)
+    means = study.means.model_copy(update={"folder": str(folder)})  # which may have been moved
+    study = study.model_copy(update={"means": means})
+    runs = grid(study)
+    _own(folder)
     _same_ground(study, folder)
     for one in runs:
         check_unedited(folder / "runs" / one.id)
     workers = workers or workers_of(means)
     held = latest(folder)
-    missing = [one for one in runs if one.id not in held or one.id in again]
+    asked = needed(runs, again)
+    missing = [one for one in runs if one.id in asked and (one.id not in held or one.id in (again or ()))]
     if missing and not held:
         _judge(study, runs, console)
     corpus = prepare_corpus(folder, study.recipe)
+    if missing:
+        _same_corpus(folder, held, corpus, Path(study.recipe.data.tokenizer).name)
     write_whole(folder / STUDY, json.dumps(study.model_dump(mode="json", exclude_unset=True), indent=1) + "\n")
     pace = price.measure(folder, runs, means) if missing else price.Pace(0.0, 0.0, 0.0)
-    board = Board(folder, runs, means, pace, share=share, again=again)
+    board = Board(folder, runs, means, pace, share=share, again=again or {}, only=again)
     if missing:
         _confirm(board.missing(), pace, means, workers, yes, console)
         Crew(board, corpus, console).work(workers)
-    if not board.missing() and (said := speeds.measure(folder, runs)) is not None:
-        console.print(said)
+    if len(board.rows) == len(runs) and (said := speeds.measure(folder, runs)) is not None:
+        console.print(said, markup=False)
     board.sweep()
     rows = latest(folder)
     show(folder, runs, means, console)
     return 0 if all(rows[one.id].status == "done" for one in runs if one.id in rows) else 1
+
+
+def _own(folder: Path) -> None:
+    """Make the study's folder; ConfigError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"means.folder={folder} is a file, or below one; choose a folder") from None
+
+
+def _same_corpus(folder: Path, held: Mapping[str, Row], corpus: str, tokenizer: str) -> None:
+    """ConfigError if runs that have ended read something else."""
+    for row in held.values():
+        for what, old, new in (("corpus", row.corpus[:16], corpus[:16]), ("tokenizer", row.tokenizer, tokenizer)):
+            if old != new:
+                raise ConfigError(
+                    f"{folder} holds run {row.id} with {what} {old}, and recipe.data now makes {new}, so that their losses could not be "
+                    "compared; restore the files of recipe.data.sources, or set means.folder to a new folder"
+                )
 
 
 def _same_ground(study: Study, folder: Path) -> None:
@@ -103,7 +136,7 @@ def _judge(study: Study, runs: list[Run], console: Console) -> None:
         return
     if study.aim.go_on is None:
         raise ConfigError(f"{sentence}; or say in aim.go_on why to start all the same")
-    console.print(f"going on all the same: {study.aim.go_on}")
+    console.print(f"going on all the same: {study.aim.go_on}", markup=False)
 
 
 def _confirm(missing: list[Run], pace: price.Pace, means: Means, workers: int, yes: bool, console: Console) -> None:
@@ -132,7 +165,7 @@ class Crew:
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Progress(self.board, self.console, workers) as progress:
-                while self.board.missing() and not self.asked:
+                while (self.board.missing() or self.under_way) and not self.asked:
                     self._give_up(progress)
                     started = self._fill(workers)
                     if not self.under_way and not started:
@@ -190,35 +223,46 @@ class Crew:
         """What follows from the end of a process: a row, or for a trunk or a conversion that failed a row of each run that needs it."""
         job, seconds = process.job, time.monotonic() - process.start
         outcome = process.outcome()
-        ended: list[tuple[Run, Outcome]] = []
         if outcome is not None and job.run is not None:
-            ended = [(job.run, outcome)]
+            self._add(job.run, outcome, seconds, progress)
+            if job.id in self.board.begun:
+                self._no_twin(job.run, outcome, progress)
         elif outcome is not None and outcome.status != "done" and job.origin is not None:
             why = Outcome("failed", f"making its dense twin sparse ({job.id}) {outcome.status}: {outcome.why}")
-            ended = [(run, why) for run in self.board.begun[job.id] if run.id not in self.board.rows]
+            self._end([run for run in self.board.begun[job.id] if self.board.waits(run)], why, progress)
         elif outcome is not None and outcome.status != "done":
             why = Outcome(outcome.status, f"its trunk {job.id} {outcome.status}: {outcome.why}")
-            left = [run for run in self.board.sharing[job.id] if run.id not in self.board.rows]
-            ended = [(run, why) for run in left if run.trunk and run.trunk.start >= job.steps]
-        for run, how in ended:
-            self._add(run, how, seconds, progress)
+            left = [run for run in self.board.sharing[job.id] if run.trunk and run.trunk.start >= job.steps]
+            self._end([run for run in left if not reached(self.board.study, run.id)], why, progress)
         process.lock.close()
 
     def _give_up(self, progress: Any) -> None:
         """Give a row to each run whose dense twin did not end well."""
         for run, twin in self.board.doomed():
+            self._end([run], Outcome("failed", f"its dense twin {twin.id} {twin.status}: {twin.why}"), progress)
+
+    def _no_twin(self, twin: Run, how: Outcome, progress: Any) -> None:
+        """End the runs that wait for a dense twin's weights where it was done before and could not be trained once more."""
+        study = self.board.study
+        if latest(study)[twin.id].status == "done" and not has_weights(study, twin.id):
+            why = Outcome("failed", f"its dense twin {twin.id}, trained once more for its weights, {how.status}: {how.why}")
+            waiting = [run for run in self.board.begun[twin.id] if self.board.waits(run)]
+            self._end([run for run in waiting if run.origin and not has_weights(study, run.origin.id)], why, progress)
+
+    def _end(self, runs: list[Run], why: Outcome, progress: Any) -> None:
+        """Give a row to runs that never began, but for those that a process is at."""
+        for run in runs:
             lock = take(self.board.study, run.id)
             if lock is None:
-                continue  # another worker does
+                continue
             self.board.look()
             if run.id not in self.board.rows:
-                self._add(run, Outcome("failed", f"its dense twin {twin.id} {twin.status}: {twin.why}"), 0.0, progress)
+                self._add(run, why, 0.0, progress)
             lock.close()
 
     def _add(self, run: Run, how: Outcome, seconds: float, progress: Any) -> None:
         row = row_of(self.board.study, run, how, self.corpus, seconds)
         append(self.board.study, row)
-        self.board.again.discard(run.id)
         self.board.look()
         self.board.clear(run)
         progress.ended(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,10 +14,10 @@ from rich.table import Table
 
 from moe.studies.begin import has_weights
 from moe.studies.board import Board
-from moe.studies.form import Means, opened
+from moe.studies.form import STUDY, Means, opened
 from moe.studies.grid import Run, grid
-from moe.studies.job import step_now, take, workers_of
-from moe.studies.price import Pace, hours
+from moe.studies.job import locked, step_now, workers_of
+from moe.studies.price import hours, remembered
 from moe.studies.rows import RUNS, Row, latest, shape
 
 WIDE = 140  # columns, where no terminal says
@@ -53,7 +52,7 @@ class Progress:
     def ended(self, row: Row) -> None:
         """Say how a run ended."""
         result = f"loss {row.loss:.4f}" if row.loss is not None else f"{row.status}: {row.why}"
-        self.console.print(f"{place(row.axes)}: {result} ({self._told(self.board.left())})")
+        self.console.print(f"{place(row.axes)}: {result} ({self._told(self.board.left())})", markup=False)
 
     def _told(self, left: float) -> str:
         seconds, spent = time.monotonic() - self.start, self.whole - left
@@ -72,9 +71,16 @@ def place(axes: dict[str, Any]) -> str:
     return f"{size} {model}, {axes['tokens'] / 1e6:.3g}M {more}tokens, seed {axes['seed']}{factor}"
 
 
+def home(path: Path) -> Path | None:
+    """The study's folder that a path is, or whose own YAML file it is, wherever that was moved; None for a YAML file elsewhere."""
+    if path.is_dir():
+        return path
+    return path.parent if path.name == STUDY and (path.parent / RUNS).is_dir() else None
+
+
 def status(path: Path) -> None:
     """Print how far a study is, by its folder or YAML file."""
-    study, folder = opened(path)
+    study, folder = opened(home(path) or path)
     show(folder, grid(study), study.means, Console(highlight=False, width=None if sys.stdout.isatty() else WIDE))
 
 
@@ -92,12 +98,12 @@ def show(folder: Path, runs: list[Run], means: Means, console: Console) -> None:
         counts[name] = counts.get(name, 0) + 1
         loss = ("", "") if row is None or row.loss is None else (f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}")
         lines.add_row(run.id, place(run.axes), f"{run.flops:.2e}", state, *loss)
-    console.print(lines)
+    console.print(lines, markup=False)  # a reason is what a process said
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     left = _left(folder, runs, means, len(running) or workers_of(means)) if len(rows) < len(runs) else None
-    console.print(f"{told}{left or ''}")
+    console.print(f"{told}{left or ''}", markup=False)
     if any(row.status != "done" for row in rows.values()):
-        console.print(f"moe study retry {folder} --failed tries again what did not end well")
+        console.print(f"moe study retry {folder} --failed tries again what did not end well", markup=False)
 
 
 def _state(folder: Path, run: Run, row: Row | None) -> tuple[str, bool]:
@@ -105,32 +111,23 @@ def _state(folder: Path, run: Run, row: Row | None) -> tuple[str, bool]:
     if row is not None:
         return (row.status if row.why is None else f"{row.status}: {row.why}"), False
     now, steps = step_now(folder, run.id), run.recipe.train.steps
-    if _locked(folder, run.id):
+    if locked(folder, run.id):
         return f"running, step {now} of {steps}", True
     if not now and run.origin is not None and not has_weights(folder, run.origin.id):
-        if run.origin.asked is not None and _locked(folder, run.origin.id):
+        if run.origin.asked is not None and locked(folder, run.origin.id):
             return "waiting, its dense twin is being made sparse", False
         return "waiting, its dense twin is not ready", False
     if now or run.trunk is None:
         return (f"waiting, step {now} of {steps}" if now else "waiting"), False
     grown, start = step_now(folder, run.trunk.id), run.trunk.start
-    if grown < start and _locked(folder, run.trunk.id):
+    if grown < start and locked(folder, run.trunk.id):
         return f"trunk running, step {grown} of {start}", True
     return (f"waiting, its trunk at step {min(grown, start)} of {start}" if grown else "waiting"), False
 
 
-def _locked(folder: Path, name: str) -> bool:
-    if not (folder / RUNS / f"{name}.lock").exists():
-        return False
-    lock = take(folder, name)
-    if lock is not None:
-        lock.close()
-    return lock is None
-
-
 def _left(folder: Path, runs: list[Run], means: Means, workers: int) -> str:
-    pace = folder / "pace.json"
-    if not pace.exists():
+    before = remembered(folder)
+    if before is None:
         return ""
-    left = Board(folder, runs, means, Pace(*json.loads(pace.read_text())["pace"])).left()
+    left = Board(folder, runs, means, before[0]).left()
     return f"; {hours(left / workers)} of work left for {workers} at once"

@@ -172,7 +172,7 @@ def test_a_twin_that_fails_ends_the_runs_that_begin_with_it(study, trainer, tmp_
         elif run.id != twin:
             assert rows[run.id].status == "done"
     (folder / RUNS / "ending").write_text("{}")
-    crew(study(), runs, again={row.id for row in rows.values() if row.status != "done"}).work(3)
+    crew(study(), runs, again={row.id: 1 for row in rows.values() if row.status != "done"}).work(3)
     assert {row.status for row in latest(folder).values()} == {"done"}
 
 
@@ -187,7 +187,7 @@ def test_a_conversion_that_fails_ends_the_runs_that_need_it_and_no_other(study, 
         assert rows[run.id].status == ("failed" if run.origin and run.origin.id == bad else "done")
     assert rows[begun(runs, "copy")[0].id].why == f"making its dense twin sparse ({bad}) failed: error: as it was asked to"
     (folder / RUNS / "ending").write_text("{}")
-    crew(study(), runs, again={row.id for row in rows.values() if row.status != "done"}).work(3)
+    crew(study(), runs, again={row.id: 1 for row in rows.values() if row.status != "done"}).work(3)
     assert {row.status for row in latest(folder).values()} == {"done"}
     assert not list((folder / RUNS).glob("*/weights"))
 
@@ -225,7 +225,7 @@ def test_a_study_that_was_moved_begins_from_where_it_now_is(study, trainer, tmp_
     folder.rename(moved)
     again = grid(study(*COPY, f"means.folder={moved}"))
     assert [run.id for run in again] == [run.id for run in runs]
-    failed = {run.id for run in runs if run.origin}
+    failed = {run.id: 1 for run in runs if run.origin}
     crew(study(f"means.folder={moved}"), [run._replace(trunk=None) for run in again], again=failed).work(3)
     assert {row.status for row in latest(moved).values()} == {"done"}
     assert len(steps_of(moved)[twin]) == 20

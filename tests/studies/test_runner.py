@@ -63,7 +63,7 @@ def study(tmp_path):
 def crew(study, runs, *, share=Share(), again=None, **means):
     folder = Path(study.means.folder)
     folder.mkdir(exist_ok=True)
-    board = Board(folder, runs, Means(**{"timeout": 0.01, **means}), PACE, share=share, again=again)
+    board = Board(folder, runs, Means(**{"timeout": 0.01, **means}), PACE, share=share, again=again or {})
     return runner.Crew(board, "c" * 64, Console(quiet=True))
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_fails_is_a_row_and_can_be_tried_again(study, trainer, tmp_pa
     assert all(rows[run.id].status == "done" for run in runs[1:])
     (folder / RUNS / "ending").write_text("{}")
     lines = (folder / "results.jsonl").read_text().count("\n")
-    crew(study(), runs, again={runs[0].id}).work(4)
+    crew(study(), runs, again={runs[0].id: 1}).work(4)
     assert {row.status for row in latest(folder).values()} == {"done"}
     assert (folder / "results.jsonl").read_text().count("\n") == lines + 1
 

@@ -16,7 +16,7 @@ import time
 
 
 def main() -> None:
-    folder = pathlib.Path(next(word for word in sys.argv if word.startswith("run.folder=")).partition("=")[2])
+    folder = pathlib.Path(json.loads(next(word for word in sys.argv if word.startswith("run.folder=")).partition("=")[2]))
     steps = int(next(word for word in sys.argv if word.startswith("train.steps=")).partition("=")[2])
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)

@@ -1,0 +1,196 @@
+"""What goes wrong beside a study costs no run that was done or is alive, and is told in a sentence.
+
+A stand-in of `moe train` and `moe upcycle` that starts at once takes its place; its files and processes are real.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe.config import load
+from moe.errors import ConfigError
+from moe.studies import price, runner, status
+from moe.studies.board import Share
+from moe.studies.form import STUDY, Study
+from moe.studies.grid import grid
+from moe.studies.job import Job, make, quoted
+from moe.studies.rows import RUNS, latest
+from tests.studies.test_begin import BEGUN, COPY, steps_of, timed
+from tests.studies.test_runner import PACE, SMALL, crew, fork
+
+FORMS = {"small": SMALL, "begun": BEGUN}
+
+
+@pytest.fixture
+def of(tmp_path, trainer, monkeypatch):
+    """A study of one of the two forms, whose speed nobody measures."""
+    monkeypatch.setattr(price, "measure", lambda *_: PACE)
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"line {number} of a text without end, which says that {number} is {number}\n" * 20)
+    for name, form in FORMS.items():
+        (tmp_path / f"{name}.yaml").write_text(form.replace("PATH", str(text / "*.txt")))
+    return lambda name, *words: load([tmp_path / f"{name}.yaml"], [f"means.folder={quoted(tmp_path / 'study')}", *words], Study)
+
+
+def ending(folder, **endings):
+    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    (folder / RUNS / "ending").write_text(json.dumps(endings))
+
+
+def go(study, *, workers=3):
+    return runner._run(study, Path(study.means.folder), yes=True, workers=workers, share=Share())
+
+
+def test_what_a_process_says_is_printed_as_it_is(of, tmp_path, capsys):
+    study, folder = of("small", "axes.tokens=[2_560]"), tmp_path / "study"
+    ending(folder, **{grid(study)[0].id: "[/b] [red]"})
+    assert go(study, workers=1) == 1
+    assert capsys.readouterr().out.count("[/b]") == 2
+    status.show(folder, grid(study), study.means, Console(width=200))
+    assert "[/b]" in capsys.readouterr().out
+
+
+def test_a_study_that_was_moved_goes_on_where_it_is(of, tmp_path):
+    study, folder = of("begun", *COPY), timed(tmp_path / "study")
+    ending(folder, **{run.origin.id: 3 for run in grid(study) if run.origin})
+    assert go(study) == 1
+    ending(folder)
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert runner.retry(moved, failed=True, workers=3) == 0
+    assert not folder.exists()
+    assert {row.status for row in latest(moved).values()} == {"done"}
+    for number, named in enumerate(("", STUDY)):
+        there = moved.rename(tmp_path / f"moved-{number}")
+        assert runner.run([str(there / named)], yes=True, workers=3) == 0
+        assert not moved.exists()
+        moved = there
+    assert status.home(moved / STUDY) == status.home(moved) == moved
+    assert status.home(tmp_path / STUDY) is None
+
+
+def test_a_run_that_has_its_own_checkpoint_outlives_its_trunk(of, tmp_path, monkeypatch):
+    study, folder = of("small", "axes.experts=[1]"), tmp_path / "study"
+    runs = grid(study)
+    trunk = runs[0].trunk.id
+    alive = make(folder, runs[2].recipe, runs[2].id) / "checkpoints" / "step-00000060"
+    alive.mkdir(parents=True)
+    ending(folder, **{trunk: 1})
+    monkeypatch.setenv("TRAINER_SECONDS", "0.03")
+    one = crew(study, runs)
+    one.work(2)
+    rows = latest(folder)
+    assert [rows[run.id].status for run in runs] == ["failed", "failed", "done"]
+    assert not one.under_way
+
+
+def test_a_conversion_that_fails_ends_no_run_that_has_begun(of, tmp_path):
+    study, folder = of("begun", *COPY, "means.trunks=false"), timed(tmp_path / "study")
+    runs = grid(study)
+    [first, second] = [run for run in runs if run.origin]
+    (make(folder, second.recipe, second.id) / "checkpoints" / "step-00000020").mkdir(parents=True)
+    ending(folder, **{first.origin.id: 3})
+    crew(study, runs, trunks=False).work(1)
+    assert [latest(folder)[run.id].status for run in runs] == ["done", "failed", "done"]
+
+
+def test_a_run_that_another_worker_is_at_gets_no_row_of_its_trunk(of, tmp_path):
+    study, folder = of("small", "axes.experts=[1]", "axes.tokens=[5_120, 10_240]"), tmp_path / "study"
+    runs = grid(study)
+    one = crew(study, runs)
+    (folder / RUNS).mkdir()
+    with (folder / RUNS / f"{runs[0].id}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        one._end(runs, runner.Outcome("failed", "its trunk failed"), runner._Silent())
+    assert list(latest(folder)) == [runs[1].id]
+
+
+def test_another_corpus_is_refused_before_anything_runs(of, tmp_path):
+    folder = tmp_path / "study"
+    go(of("small", "axes.tokens=[2_560]"))
+    shutil.rmtree(folder / "tokens")
+    (tmp_path / "text" / "0.txt").write_text("another text\n" * 50)
+    with pytest.raises(ConfigError, match=r"with corpus [0-9a-f]{16}, and recipe.data now makes [0-9a-f]{16}"):
+        go(of("small", "axes.tokens=[2_560, 5_120]"))
+    assert len(latest(folder)) == 2
+
+
+def test_a_copy_whose_links_were_followed_goes_on(of, tmp_path):
+    go(of("small", "axes.tokens=[2_560]"))
+    shutil.copytree(tmp_path / "study", tmp_path / "copy")
+    study = of("small", "axes.tokens=[2_560]", f"means.folder={tmp_path / 'copy'}")
+    crew(study, grid(study), again={run.id: 1 for run in grid(study)}).work(2)
+    assert len((tmp_path / "copy" / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    for name in ("{folder}", "a: b", "[x", "é 😀", '"', "# x"):
+        [*_, word, _] = Job("0123", None, 20, None, 1.0).words(tmp_path / name)
+        found = load([], ["train.steps=1", word], "recipe").run.folder
+        assert found == str(tmp_path / name / RUNS / "0123")
+
+
+def test_files_that_cannot_be_are_named_or_made_again(of, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"means.folder=.*{name} is a file, or below one"):
+            go(of("small", f"means.folder={tmp_path / name}"))
+    with pytest.raises(ConfigError, match=r"nofile.yaml is not there; .*configs/studies/debug.yaml"):
+        runner.run([str(tmp_path / "nofile.yaml")])
+    for text in ("", '{"of": [1, 2', '{"pace": [1, 2]}', "[]"):
+        (tmp_path / "pace.json").write_text(text)
+        assert price.remembered(tmp_path) is None
+
+
+def test_a_run_that_was_done_stays_done_if_training_it_once_more_fails(of, tmp_path):
+    study, folder = of("begun", *COPY), timed(tmp_path / "study")
+    crew(study, grid(study)).work(3)
+    before = latest(folder)
+    twin = next(run.origin.twin.id for run in grid(study) if run.origin)
+    more = of("begun", *COPY, "rule.values=[1.2e8, 2.4e8, 4.8e8]", "means.trunks=false")
+    runs = grid(more)
+    [new] = [run.id for run in runs if run.id not in before]
+    ending(folder, **{twin: 1})
+    crew(more, runs).work(3)
+    rows = latest(folder)
+    assert {name: rows[name] for name in before} == before
+    assert rows[new].why == f"its dense twin {twin}, trained once more for its weights, failed: error: as it was asked to"
+    ending(folder)
+    crew(more, runs, again={new: 1}).work(3)
+    assert latest(folder)[new].status == "done"
+
+
+def test_two_who_try_again_at_once_repeat_each_run_once(of, tmp_path, monkeypatch):
+    study, folder = of("small", "axes.tokens=[2_560, 5_120]", "means.trunks=false"), tmp_path / "study"
+    runs = grid(study)
+    ending(folder, **{run.id: 3 for run in runs})
+    assert go(study) == 1
+    ending(folder, **{runs[0].id: 3})
+    for path in (folder / RUNS).glob("*/taken"):
+        path.unlink()
+    monkeypatch.setenv("TRAINER_SECONDS", "0.01")
+    pids = [fork(lambda: runner.retry(folder, failed=True, workers=1)) for _ in range(2)]
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 8
+    assert all(len(set(steps)) == len(steps) for steps in steps_of(folder).values())
+
+
+def test_trying_again_starts_nothing_else(of, tmp_path):
+    few, folder = of("begun", *COPY, "rule.values=[1.2e8]"), timed(tmp_path / "study")
+    [twin, failed] = grid(few)
+    ending(folder, **{failed.id: 3})
+    assert go(few) == 1
+    ending(folder)
+    (folder / STUDY).write_text(json.dumps(of("begun").model_dump(mode="json", exclude_unset=True)))
+    assert runner.retry(folder, failed=True, workers=3) == 0
+    assert {name: row.status for name, row in latest(folder).items()} == {twin.id: "done", failed.id: "done"}
