@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from scipy.stats import t as student
+
 from moe.pages.figure import Figure, Series
 from moe.pages.page import Page, Section, Table
 from moe.pages.scale import told
@@ -24,7 +26,7 @@ from moe.studies.site import again
 from moe.studies.speeds import READ, WRITE, Speeds
 
 SCRATCH = "from scratch"
-_SURE = 2.0  # standard errors
+_CHANCE = 0.025  # that chance gains or loses somewhere among the comparisons that are looked at
 _ALIKE = 0.1  # runs whose extra FLOPs differ by less spent the same
 _FAMILY = ("d_model", "layers", "heads", "d_ff")
 
@@ -33,7 +35,7 @@ class Mean(NamedTuple):
     """Over seeds."""
 
     value: float
-    error: float  # standard; 0 of one seed
+    error: float  # standard; 0 where no two seeds are
     seeds: int
 
     @property
@@ -47,6 +49,20 @@ class Ran(NamedTuple):
     arm: str
     budget: float  # extra FLOPs, as a share of the dense model's
     row: Row
+    off: float  # how far the run's own are from that, relative
+
+
+class Chance(NamedTuple):
+    """What seeds alone do to a difference between a run and the dense model trained on."""
+
+    deviation: float  # standard, of one seed
+    freedom: int  # 0 where no two seeds are
+    pairs: int  # that are looked at
+
+    @property
+    def bar(self) -> float:
+        """Standard errors that chance reaches in one of the pairs, to either side, in one of forty studies (Bonferroni)."""
+        return float(student.ppf(1 - _CHANCE / (2 * self.pairs), self.freedom))
 
 
 class Comparison(NamedTuple):
@@ -68,8 +84,9 @@ class Comparison(NamedTuple):
 
     def bits(self, arm: str, budget: float) -> dict[int, float]:
         """Held-out bits per byte, by seed."""
-        mine = [run.row for run in self.runs if (run.arm, run.budget) == (arm, budget)]
-        return {row.axes["seed"]: row.bits_per_byte for row in mine if row.bits_per_byte is not None}
+        mine = sorted((run for run in self.runs if (run.arm, run.budget) == (arm, budget)), key=lambda run: -run.off)
+        rows = [run.row for run in mine]  # of a seed's runs the nearest counts, the last
+        return {row.axes["seed"]: row.bits_per_byte for row in rows if row.bits_per_byte is not None}
 
     def means(self, arm: str) -> list[tuple[float, Mean]]:
         """Of each budget that has runs."""
@@ -77,9 +94,24 @@ class Comparison(NamedTuple):
 
     def gain(self, arm: str, budget: float) -> Mean | None:
         """Bits per byte less than the continued dense model's, seed by seed; None without a seed that both have."""
+        both, chance = self.differences(arm, budget), self.chance
+        return Mean(statistics.mean(both), chance.deviation / len(both) ** 0.5, len(both)) if both else None
+
+    def differences(self, arm: str, budget: float) -> list[float]:
+        """What each seed gains."""
         dense, mine = self.bits(CONTINUED, budget), self.bits(arm, budget)
-        both = sorted(dense.keys() & mine.keys())
-        return mean([dense[seed] - mine[seed] for seed in both]) if both else None
+        return [dense[seed] - mine[seed] for seed in sorted(dense.keys() & mine.keys())]
+
+    @property
+    def chance(self) -> Chance:
+        """What seeds do to a difference, of all arms and budgets together."""
+        found = [[self.differences(arm, budget) for budget in self.budgets] for arm in self.arms if arm != CONTINUED]
+        every = [one for arm in found for one in arm if one]
+        squares = sum((value - statistics.mean(one)) ** 2 for one in every for value in one)
+        freedom = sum(max(len(one), 1) - 1 for one in every)
+        # runs of an arm and a seed have most of their steps in common: its budgets count once
+        once = sum(max(max(len(one), 1) - 1 for one in arm) for arm in found)
+        return Chance((squares / freedom) ** 0.5 if freedom else 0.0, once, len(every))
 
     def speed(self, arm: str, kind: str) -> float | None:
         model = shape(next(run for run in self.runs if run.arm == arm).row.axes)
@@ -114,8 +146,8 @@ def comparisons(rows: Sequence[Row], timed: tuple[dict[str, int], Speeds] | None
             continue
         spent += [(row, row.flops / dense) for row in others if row not in twins]
         near = [(row, more, min(budgets, key=lambda budget, more=more: abs(budget / more - 1))) for row, more in spent]
-        kept = [(row, budget) for row, more, budget in near if abs(more / budget - 1) < _ALIKE]
-        ran = [Ran(_arm(row, [one for one, _ in kept]), budget, row) for row, budget in kept]
+        kept = [(row, budget, off) for row, more, budget in near if (off := abs(more / budget - 1)) < _ALIKE]
+        ran = [Ran(_arm(row, [one for one, *_ in kept]), budget, row, off) for row, budget, off in kept]
         name = f"width {family[0]}, {family[1]} layers, {short(tokens)} tokens of the dense model"
         speeds = timed[1] if timed and [timed[0].get(key) for key in _FAMILY] == family else {}
         found.append(Comparison(name, len(found), ran, len(near) - len(kept), speeds))
@@ -149,7 +181,7 @@ def page_of(name: str, rows: Sequence[Row], timed: tuple[dict[str, int], Speeds]
         also = f" ({one.name})" if len(found) > 1 else ""
         answer += [line + also * (at == 0) for at, line in enumerate(verdict(one, budget) for budget in reversed(one.budgets))]
         sections += [
-            Section(f"What is gained{also}", _left_out(one), [_table(one)], [_curves(one), _gains(one)]),
+            Section(f"What is gained{also}", [*_trust(one), *_left_out(one)], [_table(one)], [_curves(one), _gains(one)]),
             Section(f"What it costs to use{also}", _untimed(one), _speeds(one), _costs(one)),
         ]
     if not found:
@@ -168,14 +200,19 @@ def verdict(study: Comparison, budget: float) -> str:
     gains = {arm: gain for arm in study.arms if arm != CONTINUED and (gain := study.gain(arm, budget)) is not None}
     if not gains:
         return f"{at}, nothing stands beside the dense model trained on."
-    best = max(gains, key=lambda arm: gains[arm].value)
-    gain = gains[best]
+    # an arm that lacks seeds is no better for the one that it has
+    most = max(gain.seeds for gain in gains.values())
+    best = max((arm for arm in gains if gains[arm].seeds == most), key=lambda arm: gains[arm].value)
+    gain, chance = gains[best], study.chance
     far = f"{_told(gain._replace(value=abs(gain.value)))} bits a byte"
-    if gain.value <= _SURE * gain.error:
-        how = f"is {far} behind" if gain.value <= 0 else f"gains {far}, no more than chance may"
-        return f"{at}, nothing beats training the dense model on: the best, {best}, {how}."
+    if not chance.freedom or abs(gain.value) <= chance.bar * gain.error:
+        how = f"is {far} {'better' if gain.value > 0 else 'behind'}"
+        how += f", where up to {chance.bar * gain.error:.4f} may be chance" if chance.freedom else ", which may be chance"
+        seeds = f"{gain.seeds} seed{'s' * (gain.seeds > 1)}"
+        return f"{at}, whether anything beats training the dense model on cannot be told with {seeds}: the best, {best}, {how}."
+    if gain.value < 0:
+        return f"{at}, nothing beats training the dense model on: the best, {best}, is {far} behind."
     said = f"{at}, {best} is {far} better than the dense model trained on"
-    said += "" if gain.seeds > 1 else ", of one seed, so that it may be chance"
     rates = []
     for n in study.batches:
         fast, dense = study.speed(best, f"{WRITE}{n}"), study.speed(CONTINUED, f"{WRITE}{n}")
@@ -203,9 +240,24 @@ def _told(one: Mean) -> str:
     return f"{one.value:.4f} ± {one.error:.4f}" if one.seeds > 1 else f"{one.value:.4f}"
 
 
+def _trust(study: Comparison) -> list[str]:
+    """What the standard errors are, and what does not count as one more confirmation."""
+    chance = study.chance
+    if not chance.freedom:
+        return ["No two runs differ in their seed alone, so what chance does is unknown; add axes.seed."] if chance.pairs else []
+    lines = [
+        f"Gains are of runs of one seed; their standard errors are pooled over all {chance.pairs} pairs of a way and a budget, of which "
+        f"chance alone brings one beyond {chance.bar:.1f} errors in one of {1 / _CHANCE:.0f} such studies."
+    ]
+    if any(run.row.trunk for run in study.runs):
+        lines.append("The budgets of a way are cool-downs of one trunk a seed: that several agree confirms nothing.")
+    return lines
+
+
 def _left_out(study: Comparison) -> list[str]:
     spent = "extra FLOPs that no continued dense model spent"
-    return [f"{study.apart} runs are left out that took {spent}; rule iso_flop makes them equal."] if study.apart else []
+    runs = "1 run is" if study.apart == 1 else f"{study.apart} runs are"
+    return [f"{runs} left out that took {spent}; rule iso_flop makes them equal."] if study.apart else []
 
 
 def _untimed(study: Comparison) -> list[str]:

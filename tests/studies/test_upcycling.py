@@ -75,8 +75,53 @@ def test_where_nothing_is_gained_it_says_so():
 
 def test_one_seed_tells_no_chance():
     [study] = comparisons([row for row in rows() if row.axes["seed"] == 0], None)
-    assert verdict(study, 2.0).endswith("bits a byte better than the dense model trained on, of one seed, so that it may be chance.")
+    assert "whether anything beats training the dense model on cannot be told with 1 seed: the best, copy, is 0.0" in verdict(study, 2.0)
     assert "±" not in verdict(study, 2.0)
+    assert "add axes.seed" in page_of("study", [run.row for run in study.runs] + [rows()[0]], None).sections[0].words[0]
+
+
+def chances(seeds, chance, arms=3):
+    """A study in which nothing gains: what a seed does to a run is the same at all budgets but for a little."""
+    made = []
+    for seed in range(seeds):
+        made.append(one("twin", 1, 1.0, seed, 2.5))
+        for arm in (CONTINUED, *(f"way {number}" for number in range(arms))):
+            luck = chance.normal(0, 0.01)
+            budgets = (0.5, 1.0, 2.0)
+            made += [one(arm, 1 if arm == CONTINUED else 4, more, seed, 2 + luck + chance.normal(0, 0.003)) for more in budgets]
+    return made
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_chance_gains_nothing(seeds):
+    chance, claims = np.random.default_rng(0), 0
+    for _ in range(60):
+        [study] = comparisons(chances(seeds, chance), None)
+        claims += any("cannot be told" not in verdict(study, budget) for budget in study.budgets)
+    assert claims <= 3
+
+
+def test_what_is_pooled_is_every_difference_and_a_trunk_counts_once():
+    made = [row for row in rows() if row.begin != "copy" or row.axes["seed"] < 2]
+    [study] = comparisons(made, None)
+    differences = [study.differences(arm, budget) for arm in ("copy", SCRATCH) for budget in study.budgets]
+    assert [len(one) for one in differences] == [2, 2, 2, 3, 3, 3]
+    pooled = sum(np.var(one) * len(one) for one in differences) / 9
+    assert study.chance.deviation == pytest.approx(pooled**0.5)
+    assert (study.chance.freedom, study.chance.pairs) == (3, 6)
+    assert study.gain("copy", 1.0).error == pytest.approx((pooled / 2) ** 0.5)
+    words = page_of("study", [run._replace(trunk="t") for run in made], None).sections[0].words
+    assert "pooled over all 6 pairs" in words[0]
+    assert words[1] == "The budgets of a way are cool-downs of one trunk a seed: that several agree confirms nothing."
+
+
+def test_of_two_runs_near_a_budget_the_nearer_counts_and_an_arm_with_every_seed_comes_first():
+    beside = [one("copy", 4, 1.05, seed, 1.0) for seed in range(3)]
+    for made in ([*rows(), *beside], [*beside, *rows()]):
+        [study] = comparisons(made, None)
+        assert study.gain("copy", 1.0).value == pytest.approx(0.02, abs=0.003)
+    [study] = comparisons([*rows(), one("drop", 4, 1.0, 0, 1.0)], None)
+    assert ", copy is 0.0" in verdict(study, 1.0)
 
 
 def test_runs_that_spent_what_no_continued_dense_model_did_are_left_out_and_counted():
@@ -84,7 +129,7 @@ def test_runs_that_spent_what_no_continued_dense_model_did_are_left_out_and_coun
     [study] = comparisons(made, None)
     assert study.apart == 1
     page = page_of("study", made, None)
-    assert "1 runs are left out that took extra FLOPs that no continued dense model spent" in page.sections[0].words[0]
+    assert "1 run is left out that took extra FLOPs that no continued dense model spent" in page.sections[0].words[1]
     assert "How fast these models are was not measured" in page.sections[1].words[0]
     assert study.gain("copy", 1.0).value == pytest.approx(0.02, abs=0.003)
 
