@@ -30,7 +30,7 @@ from moe.train.folder import write_whole
 from moe.train.metrics import read
 
 TOKENS, LOG = "tokens", "train.log"
-STOP_SECONDS = 120  # for a process that was asked to stop to save
+STOP_SECONDS = 120  # for all processes that were asked to stop to save
 _FULL = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "memoryerror")
 _LAST = 400  # characters of a log that say why
 
@@ -107,10 +107,10 @@ class Process:
         self.asked = True
         self._signal(signal.SIGTERM)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         """Wait for a process that was asked to stop, and end it if it does not."""
         try:
-            self.process.wait(STOP_SECONDS)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self.process.wait()
@@ -149,7 +149,8 @@ def devices() -> list[str]:
 
 def workers_of(means: Means) -> int:
     """How many runs go on at once: as many as the cores allow, and where there are GPUs one each."""
-    by_cores = max(1, (means.cores or os.cpu_count() or 1) // means.threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_cores = max(1, (means.cores or cores) // means.threads)
     return min(by_cores, len(devices()) or by_cores)
 
 
@@ -250,6 +251,14 @@ def step_now(study: Path, name: str) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+def spent(study: Path, name: str, seconds: float) -> float:
+    """Note how long a process was at a run; the seconds of all that were."""
+    path = study / RUNS / name / "seconds"
+    with path.open("a") as file:
+        file.write(f"{seconds:.2f}\n")
+    return sum(float(line) for line in path.read_text().split())
+
+
 def row_of(study: Path, run: Run, outcome: Outcome, corpus: str, seconds: float) -> Row:
     """The row of a run that ended, from what it left in its folder."""
     folder, tokenizer = study / RUNS / run.id, Path(run.recipe.data.tokenizer).name
@@ -264,8 +273,10 @@ def row_of(study: Path, run: Run, outcome: Outcome, corpus: str, seconds: float)
     speeds = [row["tokens_per_second"] for row in training if "tokens_per_second" in row]
     speed = statistics.median(speeds) if speeds else None
     facts = run.facts()
-    environment = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
-    machine = ", ".join([*environment.get("devices", []), f"{environment.get('cpus')} cores, {environment.get('threads')} threads a run"])
+    environment, machine = {}, ""  # of a run that never began
+    if (folder / "environment.json").exists():
+        environment = json.loads((folder / "environment.json").read_text())
+        machine = ", ".join([*environment["devices"], f"{environment['cpus']} cores, {environment['threads']} threads a run"])
     return Row(
         **facts,
         status=outcome.status,

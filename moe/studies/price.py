@@ -127,17 +127,17 @@ def seconds_of(run: Run, pace: Pace, first: int = 0, last: int | None = None) ->
     return (steps * each + held_out) * pace.token(run.price, each) + pace.around
 
 
-def estimate(missing: list[Run], pace: Pace, means: Means, workers: int) -> Estimate:
-    """What these runs cost, trunks counted once."""
+def estimate(missing: list[Run], pace: Pace, means: Means, workers: int, corpus: int = 0) -> Estimate:
+    """What these runs cost, trunks counted once; beside them on disk lie so many bytes of a corpus."""
     flops = 0.0
-    kept, live, trunks, alone, chains = 0, [], {}, {}, {}
+    kept, live, trunks, alone, chains = corpus, [], {}, {}, {}
     for run in missing:
         start = run.trunk.start if run.trunk else 0
         if run.trunk:
             trunks.setdefault(run.trunk.id, []).append(run)
         flops += (run.recipe.train.steps - start) * tokens_a_step(run.recipe) * run.price.training_flops
         alone[run.id] = seconds_of(run, pace, start)
-        live.append(_STATE * run.price.bytes)
+        live.append(run.price.bytes * (_STATE * _checkpoints(run.recipe) + 1))
     for sharing in trunks.values():
         starts, run = sorted({run.trunk.start for run in sharing}), sharing[0]
         flops += starts[-1] * tokens_a_step(run.recipe) * run.price.training_flops
@@ -151,23 +151,38 @@ def estimate(missing: list[Run], pace: Pace, means: Means, workers: int) -> Esti
     seconds = sum(alone.values()) + sum(chains.values()) + pace.around * len(made)
     longest = max(ends.values(), default=0.0)
     kept += sum(_SMALL + run.price.bytes * means.keep_weights for run in missing)
-    # a worker's run holds three checkpoints and one that is being written, and what runs begin with stays until they are done
-    peak = kept + 4 * workers * max(live, default=0) + 2 * sum(run.price.bytes for run in made.values())
+    # trunks, what runs begin with, and the checkpoint that each run leaves its trunk with stay until those are done
+    peak = kept + workers * max(live, default=0) + sum(_STATE * run.price.bytes for run in missing if run.trunk)
+    peak += sum(_STATE * _checkpoints(sharing[0].recipe) * sharing[0].price.bytes for sharing in trunks.values())
+    peak += 2 * sum(run.price.bytes for run in {run.origin.id: run for run in missing if run.origin}.values())
     return Estimate(len(missing), len(made), flops, seconds, longest, kept, peak)
+
+
+def _checkpoints(recipe: Recipe) -> int:
+    """That a process has on disk at once, the one that is being written among them."""
+    every = recipe.checkpoint.durable_every
+    return recipe.checkpoint.keep + 1 + (recipe.train.steps // every if every else 0)
 
 
 def table(missing: list[Run], found: Estimate, workers: int, means: Means) -> Table:
     """The estimate, to be read."""
     lines = Table.grid(padding=(0, 2))
     trunks = len({run.trunk.id for run in missing if run.trunk})
-    shared = f", most of them off {trunks} trunks" if trunks else ""
+    shared = f", most of them off {counted(trunks, 'trunk')}" if trunks else ""
     made = f", and dense twins made sparse {found.conversions}x" if found.conversions else ""
     lines.add_row("runs", f"{found.runs}{shared}{made}")
     alone = sum(run.flops for run in missing)
     lines.add_row("compute", f"{found.flops:.3g} FLOP" + (f" ({alone:.3g} without trunks)" if trunks else ""))
-    lines.add_row("time", f"{hours(3600 * found.hours(workers))} with {workers} runs at once, {means.threads} threads each")
-    lines.add_row("disk", f"{found.peak / 1e9:.2f} GB at most, {found.kept / 1e9:.2f} GB at the end")
+    lines.add_row(
+        "time", f"{hours(3600 * found.hours(workers))} with {counted(workers, 'run')} at once, {counted(means.threads, 'thread')} each"
+    )
+    lines.add_row("disk", f"{found.peak / 1e9:.2f} GB at most if no run fails, {found.kept / 1e9:.2f} GB at the end")
     return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def hours(seconds: float) -> str:

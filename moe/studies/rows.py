@@ -57,7 +57,7 @@ class Row(NamedTuple):
     machine: str
     corpus: str  # fingerprint
     tokenizer: str
-    seconds: float  # of this run's own process, without the trunk
+    seconds: float  # of this run's own processes, without the trunk
 
     @property
     def tuned(self) -> bool:

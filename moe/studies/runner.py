@@ -17,12 +17,28 @@ from rich.console import Console
 from moe.config import load
 from moe.errors import ConfigError, Preempted
 from moe.studies import design, price, speeds
-from moe.studies.begin import has_weights
+from moe.studies.begin import has_weights, remove
 from moe.studies.board import Board, Share, needed
 from moe.studies.form import STUDY, Means, Study, opened
 from moe.studies.grid import Run, grid
-from moe.studies.job import Job, Outcome, Process, devices, make, prepare_corpus, quoted, reached, row_of, take, workers_of
-from moe.studies.rows import Row, append, check_unedited, every, latest, newest
+from moe.studies.job import (
+    STOP_SECONDS,
+    TOKENS,
+    Job,
+    Outcome,
+    Process,
+    devices,
+    locked,
+    make,
+    prepare_corpus,
+    quoted,
+    reached,
+    row_of,
+    spent,
+    take,
+    workers_of,
+)
+from moe.studies.rows import RUNS, Row, append, check_unedited, every, latest, newest
 from moe.studies.status import WIDE, Progress, home, show
 from moe.train.folder import flatten, write_whole
 
@@ -77,7 +93,8 @@ def _run(study: Study, folder: Path, *, yes: bool, workers: int | None, share: S
     pace = price.measure(folder, runs, means) if missing else price.Pace(0.0, 0.0, 0.0)
     board = Board(folder, runs, means, pace, share=share, again=again or {}, only=again)
     if missing:
-        _confirm(board.missing(), pace, means, workers, yes, console)
+        size = sum(path.stat().st_size for path in (folder / TOKENS).rglob("*") if path.is_file())
+        _confirm(board.missing(), price.estimate(board.missing(), pace, means, workers, size), means, workers, yes, console)
         Crew(board, corpus, console).work(workers)
     if len(board.rows) == len(runs) and (said := speeds.measure(folder, runs)) is not None:
         console.print(said, markup=False)
@@ -139,9 +156,8 @@ def _judge(study: Study, runs: list[Run], console: Console) -> None:
     console.print(f"going on all the same: {study.aim.go_on}", markup=False)
 
 
-def _confirm(missing: list[Run], pace: price.Pace, means: Means, workers: int, yes: bool, console: Console) -> None:
+def _confirm(missing: list[Run], found: price.Estimate, means: Means, workers: int, yes: bool, console: Console) -> None:
     """Print what is to come, and ask."""
-    found = price.estimate(missing, pace, means, workers)
     console.print(price.table(missing, found, workers, means))
     if yes:
         return
@@ -160,7 +176,7 @@ class Crew:
         self.devices = devices()
 
     def work(self, workers: int) -> None:
-        """Go on until every run has its row, or, with a share of the study, until nothing is free."""
+        """Go on until every run has its row, or, with a share of the study, until others are at each that is left."""
         self.board.sweep()
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -169,8 +185,8 @@ class Crew:
                     self._give_up(progress)
                     started = self._fill(workers)
                     if not self.under_way and not started:
-                        if self.board.share.of > 1:
-                            return  # others are at what is left
+                        if self.board.share.of > 1 and all(locked(self.board.study, run.id) for run in self.board.missing()):
+                            return
                         time.sleep(4 * _LOOK_SECONDS)
                         self.board.look()
                     self._reap(progress)
@@ -223,8 +239,10 @@ class Crew:
         """What follows from the end of a process: a row, or for a trunk or a conversion that failed a row of each run that needs it."""
         job, seconds = process.job, time.monotonic() - process.start
         outcome = process.outcome()
+        if job.recipe is not None and job.run is None:
+            remove(self.board.study / RUNS / job.id / "weights")  # nothing begins with a trunk's
         if outcome is not None and job.run is not None:
-            self._add(job.run, outcome, seconds, progress)
+            self._add(job.run, outcome, spent(self.board.study, job.id, seconds), progress)
             if job.id in self.board.begun:
                 self._no_twin(job.run, outcome, progress)
         elif outcome is not None and outcome.status != "done" and job.origin is not None:
@@ -234,6 +252,8 @@ class Crew:
             why = Outcome(outcome.status, f"its trunk {job.id} {outcome.status}: {outcome.why}")
             left = [run for run in self.board.sharing[job.id] if run.trunk and run.trunk.start >= job.steps]
             self._end([run for run in left if not reached(self.board.study, run.id)], why, progress)
+        elif job.run is not None:
+            spent(self.board.study, job.id, seconds)
         process.lock.close()
 
     def _give_up(self, progress: Any) -> None:
@@ -270,8 +290,9 @@ class Crew:
     def _stop(self) -> None:
         for process in self.under_way:
             process.stop()
+        deadline = time.monotonic() + STOP_SECONDS
         for process in list(self.under_way):
-            process.wait()
+            process.wait(max(0.0, deadline - time.monotonic()))
             self.under_way.remove(process)
             self._record(process, _Silent())
 

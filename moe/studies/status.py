@@ -17,7 +17,7 @@ from moe.studies.board import Board
 from moe.studies.form import STUDY, Means, opened
 from moe.studies.grid import Run, grid
 from moe.studies.job import locked, step_now, workers_of
-from moe.studies.price import hours, remembered
+from moe.studies.price import counted, hours, remembered
 from moe.studies.rows import RUNS, Row, latest, shape
 
 WIDE = 140  # columns, where no terminal says
@@ -57,7 +57,7 @@ class Progress:
     def _told(self, left: float) -> str:
         seconds, spent = time.monotonic() - self.start, self.whole - left
         rate = spent / seconds if seconds > 60 and spent > 0.02 * self.whole else self.workers  # of what was foreseen
-        return f"{len(self.board.rows)} of {len(self.board.runs)} runs, {hours(left / rate)} left"
+        return f"{len(self.board.rows)} of {counted(len(self.board.runs), 'run')}, {hours(left / rate)} left"
 
 
 def place(axes: dict[str, Any]) -> str:
@@ -102,6 +102,8 @@ def show(folder: Path, runs: list[Run], means: Means, console: Console) -> None:
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     left = _left(folder, runs, means, len(running) or workers_of(means)) if len(rows) < len(runs) else None
     console.print(f"{told}{left or ''}", markup=False)
+    if others := len(rows.keys() - {run.id for run in runs}):
+        console.print(f"{folder} also holds {counted(others, 'run')} that the study as it is now does not ask for", markup=False)
     if any(row.status != "done" for row in rows.values()):
         console.print(f"moe study retry {folder} --failed tries again what did not end well", markup=False)
 

@@ -5,22 +5,28 @@ A stand-in of `moe train` and `moe upcycle` that starts at once takes its place;
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
+import subprocess
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from moe.config import load
 from moe.errors import ConfigError
-from moe.studies import price, runner, status
-from moe.studies.board import Share
-from moe.studies.form import STUDY, Study
+from moe.studies import job, price, runner, status
+from moe.studies.board import Board, Share
+from moe.studies.form import STUDY, Means, Study
 from moe.studies.grid import grid
-from moe.studies.job import Job, make, quoted
+from moe.studies.job import Job, make, quoted, spent, take, workers_of
 from moe.studies.rows import RUNS, latest
 from tests.studies.test_begin import BEGUN, COPY, steps_of, timed
 from tests.studies.test_runner import PACE, SMALL, crew, fork
@@ -194,3 +200,89 @@ def test_trying_again_starts_nothing_else(of, tmp_path):
     (folder / STUDY).write_text(json.dumps(of("begun").model_dump(mode="json", exclude_unset=True)))
     assert runner.retry(folder, failed=True, workers=3) == 0
     assert {name: row.status for name, row in latest(folder).items()} == {twin.id: "done", failed.id: "done"}
+
+
+def test_a_worker_waits_for_what_another_is_at_and_leaves_when_others_are_at_all_that_is_left(of, tmp_path):
+    study, folder = of("begun", *COPY), timed(tmp_path / "study")
+    runs = grid(study)
+    twin = take(folder, next(run.origin.twin.id for run in runs if run.origin))
+    timer = threading.Timer(0.5, twin.close)
+    timer.start()
+    crew(study, runs, share=Share(1, 2)).work(2)
+    timer.join()
+    assert {row.status for row in latest(folder).values()} == {"done"}
+    (folder / "results.jsonl").unlink()
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(take(folder, run.id))
+        crew(study, runs, share=Share(1, 2)).work(2)
+    assert not latest(folder)
+
+
+def test_a_run_s_seconds_are_those_of_all_its_processes(of, tmp_path, monkeypatch):
+    study, folder = of("small", "axes.tokens=[2_560]", "axes.experts=[1]"), tmp_path / "study"
+    [run] = grid(study)
+    make(folder, run.recipe, run.id)
+    assert (spent(folder, run.id, 100.0), spent(folder, run.id, 20.0)) == (100.0, 120.0)
+    crew(study, [run]).work(1)
+    assert 120 < latest(folder)[run.id].seconds < 150
+    assert latest(folder)[run.id].machine == ""
+
+
+def test_rows_of_runs_that_are_no_more_asked_for_are_counted(of, tmp_path, capsys):
+    study, folder = of("small", "axes.tokens=[2_560]"), tmp_path / "study"
+    crew(study, grid(study)).work(2)
+    for words, said in ((("axes.experts=[1]",), "also holds 1 run that"), (("axes.tokens=[5_120]",), "also holds 2 runs that")):
+        other = of("small", "axes.tokens=[2_560]", *words)
+        status.show(folder, grid(other), other.means, Console(width=200))
+        assert said in capsys.readouterr().out
+    status.show(folder, grid(study), study.means, Console(width=200))
+    assert "also holds" not in capsys.readouterr().out
+
+
+def test_the_disk_is_at_most_what_is_said(of, tmp_path):
+    study = of("small", "axes.experts=[1]", "recipe.checkpoint.keep=5")
+    runs, one = grid(study), grid(study)[0].price.bytes
+    found = price.estimate(runs, PACE, study.means, workers=2, corpus=1000)
+    checkpoints = 6 * (1 + 2) + 3 + 1  # the trunk's, two runs', what each run left the trunk with, and the trunk's that stays
+    assert found.peak == 1000 + 3 * 300_000 + one * (3 * checkpoints + 2)
+    durable = price.estimate(grid(of("small", "axes.experts=[1]", "recipe.checkpoint={every: 5, durable_every: 10}")), PACE, study.means, 2)
+    assert durable.peak > price.estimate(grid(of("small", "axes.experts=[1]")), PACE, study.means, 2).peak
+
+
+def test_a_trunk_leaves_no_weights(of, tmp_path, monkeypatch):
+    study, folder = of("small", "axes.experts=[1]"), tmp_path / "study"
+    monkeypatch.setattr(Board, "clear", lambda *_: None)
+    crew(study, grid(study)).work(2)
+    assert {path.parent.name for path in (folder / RUNS).glob("*/weights")} == {run.id for run in grid(study)}
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(job, "devices", list)
+    assert workers_of(Means()) == 3
+    assert workers_of(Means(cores=8, threads=2)) == 4
+
+
+def test_all_that_were_asked_to_stop_share_one_deadline(of, tmp_path, monkeypatch):
+    study = of("small", "axes.tokens=[2_560]")
+    one, waits, now = crew(study, grid(study)), [], [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for _ in range(2):
+        process = SimpleNamespace(stop=lambda: None, wait=lambda seconds: (waits.append(seconds), now.__setitem__(0, now[0] + 100)))
+        one.under_way.append(process)
+    monkeypatch.setattr(one, "_record", lambda *_: None)
+    one._stop()
+    assert waits == [120, 20]
+
+
+def test_a_share_of_an_array_with_steps_is_one_of_those_there_are():
+    script = (Path(__file__).parents[2] / "launch" / "study.sbatch").read_text()
+    share = re.search(r'--share "(.*)"', script)[1]
+    told = []
+    for task in ("1", "4", "7"):
+        facts = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "3", "SLURM_ARRAY_TASK_COUNT": "3"}
+        told.append(
+            subprocess.run(["bash", "-uc", f'echo "{share}"'], env=facts, capture_output=True, text=True, check=True).stdout.strip()
+        )
+    assert told == ["0/3", "1/3", "2/3"]
