@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -60,7 +61,16 @@ def origin_of(begin: Begin, twin: Twin, recipe: Recipe) -> Origin:
             f"a study begins {moe.experts} experts as {begin.label}, and their router ({told}) does not weigh a token's experts to one in "
             "sum, as it must where each holds the dense layer; write axes.router: [top_k]"
         )
+    if unlike := [f"{key}={router[key]}" for key, plain in (("scale", 1.0), ("capacity_factor", None)) if router.get(key, plain) != plain]:
+        raise ConfigError(
+            f"a study begins {moe.experts} experts as {begin.label}, whose function a router with {', '.join(unlike)} changes from the "
+            "first step; leave that out of axes.router"
+        )
+    if wild := [f"{key}={value}" for key, value in variant.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise ConfigError(f"a study begins {moe.experts} experts as {begin.label}, where {wild[0]} is no number; give a finite one")
     width = expert_width(name, d_ff, moe.experts, variant)
+    if width < 1:
+        raise ConfigError(f"a study begins {moe.experts} experts as {begin.label}, which makes experts of no width; give d_expert above 0")
     if width != moe.d_expert:
         fitting = f"axes.granularity: [{d_ff // width}]" if d_ff % width == 0 else "another variant"
         raise ConfigError(

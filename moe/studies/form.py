@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from moe.config import Choice, Settings, load, refuse_idle, wrong
 from moe.errors import ConfigError
@@ -116,6 +116,11 @@ class Means(Settings):
     keep_trunks: bool = True  # their newest checkpoint stays, from which longer runs can go on
     keep_weights: bool = False  # of every run, beside its figures
 
+    @field_validator("folder")
+    @classmethod
+    def _of_home(cls, folder: str) -> str:
+        return str(Path(folder).expanduser())
+
     def idle(self) -> dict[str, str]:
         return {} if self.trunks else {"keep_trunks": "with means.trunks=false"}
 
@@ -165,6 +170,12 @@ class Study(Settings):
             where = "axes" if number == 0 else f"also.{number - 1}"
             if rule.name == "iso_flop" and part.tokens is not None:
                 raise wrong(f"{where}.tokens", f"{where}.tokens is what rule.name=iso_flop decides; leave it out, and give rule.values")
+            if rule.name in ("iso_parameter", "iso_memory") and any(begin is not None for begin in part.begin or []):
+                raise wrong(
+                    f"{where}.begin",
+                    f"{where}.begin cannot be beside rule.name={rule.name}, which gives a mixture another width than its dense twin, so "
+                    "that neither could begin the other; choose rule.name=iso_flop or grid",
+                )
             if rule.name == "iso_active" and part.top_k is not None:
                 raise wrong(f"{where}.top_k", f"{where}.top_k is what rule.name=iso_active decides from granularity; leave it out")
         if axes.tokens is None and rule.name != "iso_flop":

@@ -19,8 +19,11 @@ from moe.studies.rows import RUNS, identity
 from moe.tables import entry
 
 _DENSE = "dense"
+_WIDEST = 1 << 17  # d_model that is looked at
 _FEWEST = 10  # steps after the warm-up, without which nothing is learned
-_IDLE_IN_DENSE = ("optimizer.decay_router", "train.balance_window", "parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room")
+_IDLE_IN_DENSE = (
+    "optimizer.decay_router", "train.balance_window", "parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room", "log.stages",
+)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -193,8 +196,10 @@ def _of_size(study: Study, cell: Cell, budget: float) -> Cell:
         return cell._replace(family=given.model_copy(update={"d_model": width, "d_ff": d_ff}))
 
     low, high = unit, unit
-    while _size(study, at(high)) <= budget and high < 1 << 17:
+    while _size(study, at(high)) <= budget and high < _WIDEST:
         low, high = high, 2 * high
+    if high >= _WIDEST:
+        return at(low)
     while high - low > unit:
         middle = (low + high) // 2 // unit * unit
         low, high = (middle, high) if _size(study, at(middle)) <= budget else (low, middle)
@@ -291,6 +296,8 @@ def _model(study: Study, cell: Cell) -> dict[str, Any]:
         for key in _IDLE_IN_DENSE:
             section, _, name = key.partition(".")
             tree.get(section, {}).pop(name, None)
+        if tree.get("engine", {}).get("recompute") == "experts":
+            del tree["engine"]["recompute"]
     else:
         model["moe"] = moe | {"experts": cell.experts, "d_expert": family["d_ff"] // cell.granularity, "router": _router(cell)}
         if moe.get("first_dense", 0) or moe.get("every", 1) > 1 or moe.get("dense_layers"):
@@ -328,8 +335,10 @@ def _validated(tree: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(tree))
     except ValueError as error:
-        why = getattr(error, "errors", lambda **_: [{"msg": str(error)}])(include_url=False)[0]["msg"]
-        raise ConfigError(f"a study asks for a run that cannot be: {why}") from None
+        first = getattr(error, "errors", lambda **_: [{"loc": (), "msg": str(error)}])(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        where = "" if key in first["msg"] else f"recipe.{key}: "
+        raise ConfigError(f"a study asks for a run that cannot be: {where}{first['msg']}") from None
 
 
 def priced(study: Study, cell: Cell) -> Cost:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe.choice import Entries
 from moe.config import load
-from moe.data.sources import Stdlib, Text
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError
-from moe.recipe import Recipe
-from moe.routers.top_k import TopK
 from moe.studies import LAWS
 from moe.studies.design import further, judge
 from moe.studies.form import Study
 from moe.studies.grid import cooldown, grid
-from moe.studies.rows import identity
-from moe.surgery import variants
 from moe.tables import entry
 
 SMALL = """
@@ -175,71 +167,6 @@ def test_what_runs_begin_with_is_named_by_what_it_is_made_of(study):
     assert set(ids) < {run.id for run in seeds}
 
 
-@pytest.fixture
-def learn(monkeypatch):
-    """As if what a choice names had learned an option."""
-
-    def also(holder, name):
-        make = getattr(holder, name)
-        signature, later = inspect.signature(make), inspect.Parameter("later", inspect.Parameter.KEYWORD_ONLY, default=7)
-
-        @functools.wraps(make)
-        def made(*given, later=7, **options):
-            return make(*given, **options)
-
-        made.__signature__ = signature.replace(parameters=[*signature.parameters.values(), later])
-        monkeypatch.setattr(holder, name, made)
-        adapter = Entries._adapter
-        fresh = lambda self: Entries(self.table, self.what, self.given, self.default)  # noqa: E731  # with adapters of its own
-        monkeypatch.setattr(Entries, "_adapter", lambda self, name: adapter(fresh(self), name))
-
-    return also
-
-
-WRAPPING = {"name": "local_search", "router": {"name": "top_k", "score": "sigmoid"}}
-
-
-@pytest.mark.parametrize(
-    ("learner", "tree"),
-    [
-        (TopK, {"model": {"moe": {"router": {"name": "top_k", "k": 3}}}}),
-        (TopK, {"model": {"moe": {"router": WRAPPING}}}),
-        (Text, {"data": {"sequence": 64, "sources": [{"name": "text", "paths": ["a"]}, "stdlib"]}}),
-        (Stdlib, {"data": {"sources": ["stdlib"]}}),
-    ],
-)
-def test_a_router_or_source_that_learns_an_option_renames_no_run(learn, learner, tree):
-    before = identity(Recipe.model_validate(tree))
-    learn(learner, "__init__")
-    recipe = Recipe.model_validate(tree)
-    assert "'later': 7" in str(recipe)
-    assert identity(recipe) == before
-
-
-def test_options_that_are_no_defaults_are_of_a_run_s_name():
-    routers = [
-        "top_k",
-        {"name": "top_k", "z_loss": 0.1},
-        "sigma",
-        WRAPPING,
-        WRAPPING | {"router": "top_k"},
-        WRAPPING | {"iterations_end": 9},
-    ]
-    names = [identity(Recipe.model_validate({"model": {"moe": {"router": router}}})) for router in routers]
-    paths = [{"data": {"sources": [{"name": "text", "paths": [path]}]}} for path in "ab"]
-    names += [identity(Recipe.model_validate(tree)) for tree in paths]
-    assert len(set(names)) == len(names)
-
-
-def test_a_variant_that_learns_an_option_renames_nothing(study, learn):
-    before = [(run.id, run.origin and run.origin.id) for run in grid(study(*BEGUN))]
-    for name in ("copy", "drop"):
-        learn(variants, name)
-    given = study(*BEGUN)
-    assert "'later': 7" in str(given)
-    assert [(run.id, run.origin and run.origin.id) for run in grid(given)] == before
-
-
 def test_a_twin_is_a_run_like_others_and_may_be_one_of_them(study):
     runs = grid(
         study(
@@ -257,7 +184,11 @@ def test_a_twin_is_a_run_like_others_and_may_be_one_of_them(study):
         ([FOURTHS, "axes.granularity=[4]"], "does not choose whole groups of granularity=4"),
         (["axes.router=[{name: top_k, normalize: none}]"], r"their router \(name=top_k, normalize=none\) does not weigh"),
         (["axes.router=[sigma]"], r"their router \(name=sigma\) does not weigh"),
+        (["axes.begin=[{dense: 50_000, variant: {name: shuffled, d_expert: 0}}]"], "makes experts of no width; give d_expert above 0"),
+        (["axes.begin=[{dense: 50_000, variant: {name: noise, std: .inf}}]"], "where std=inf is no number"),
         (["axes.begin=[{dense: 5_000}]"], "5,000 tokens are 10 steps"),
+        (["axes.router=[{name: top_k, scale: 2.0}]"], "a router with scale=2.0 changes from the first step"),
+        (["axes.router=[{name: top_k, capacity_factor: 1.0}]"], r"a router with capacity_factor=1.0 changes"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_of_a_twin_is_a_sentence(study, words, sentence):
@@ -285,6 +216,7 @@ def test_a_shared_expert_and_layers_that_stay_dense_are_made_too(study):
         (["rule={name: iso_flop, values: [1e11], tolerance: 1e-4}", "axes.tokens=null"], "rule.name=iso_flop cannot be met"),
         (["rule={name: iso_active, tolerance: 0.001}"], "rule.name=iso_active cannot be met: 4 experts"),
         (["rule={name: iso_parameter, values: [2e4], tolerance: 0.001}"], "rule.name=iso_parameter cannot be met"),
+        (["rule={name: iso_parameter, values: [1e25]}"], "rule.name=iso_parameter cannot be met"),
         (["recipe.model.kv_heads=4"], "model.kv_heads=4 does not divide model.heads=2"),
         (["axes.router=[top_k]"], "never learns"),
     ],
@@ -384,3 +316,31 @@ def test_the_study_of_sparsity_can_identify_its_law():
     _, sentence = judge(study.aim, grid(study))
     assert sentence is None
     assert entry(LAWS, study.aim.law, "law").name == study.aim.law
+
+
+@pytest.mark.parametrize("name", ["iso_parameter", "iso_memory"])
+def test_a_rule_that_changes_the_width_suits_no_run_that_begins_with_another(study, name):
+    with pytest.raises(ConfigError, match=f"axes.begin cannot be beside rule.name={name}"):
+        study(*BEGUN[:-3], f"rule={{name: {name}, values: [1e6]}}", "axes.tokens=[50_000]", "axes.begin=[null, {dense: 50_000}]")
+
+
+@pytest.mark.parametrize("setting", ["engine.recompute=experts", "log.stages=false", "optimizer.decay_router=true"])
+def test_a_dense_run_leaves_out_what_has_no_effect_in_it(study, setting):
+    try:
+        given = study(f"recipe.{setting}", "recipe.parallel.expert_ranks=2")
+    except ConfigError as error:
+        pytest.fail(str(error))
+    assert {run.axes["experts"] for run in grid(given)} == {1, 4}
+
+
+def test_a_run_that_cannot_be_says_which_of_its_settings_is_wrong(study):
+    with pytest.raises(ConfigError, match=r"cannot be: recipe\.optimizer\.lr: Input should be a finite number") as raised:
+        grid(study("scaling={lr: 1e300, lr_power: -50, warmup: 5_000}"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_home_is_there(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = study("means.folder=~/studies/x")
+    assert given.means.folder == str(tmp_path / "studies/x")
+    assert grid(given)[0].recipe.run.folder.startswith(str(tmp_path / "studies/x/runs/"))
