@@ -92,6 +92,7 @@ def grid(study: Study) -> list[Run]:
     ConfigError if the study's rule cannot be met, or if a run cannot begin as it is to.
     """
     runs: dict[str, Run] = {}
+    seen: dict[str, Cell] = {}
     for cell in cells(study):
         twin = None
         if cell.begin is not None:
@@ -99,12 +100,23 @@ def grid(study: Study) -> list[Run]:
             runs.setdefault(twin.id, twin)
         made = _run(study, cell, twin)
         runs.setdefault(made.id, made)
+        _differ(seen.setdefault(made.id, cell), cell, made)
     sharing: dict[str, set[int]] = {}
     for run in runs.values():
         if run.trunk is not None:
             sharing.setdefault(run.trunk.id, set()).add(run.trunk.start)
     # a trunk that only one run would leave saves nothing
     return [run if run.trunk and len(sharing[run.trunk.id]) > 1 else run._replace(trunk=None) for run in runs.values()]
+
+
+def _differ(one: Cell, other: Cell, run: Run) -> None:
+    """Raise ConfigError if two places of a study are one run, unless they only differ in what a dense model does not have."""
+    names = [name for name in Cell._fields if getattr(one, name) != getattr(other, name)]
+    if run.axes["experts"] == 1 and one.begin and other.begin and one.begin.dense == other.begin.dense:
+        names = [name for name in names if name != "begin"]  # a dense model that goes on is made by no variant
+    if names:
+        said = "; ".join(f"{name} {getattr(one, name)} and {getattr(other, name)}" for name in names)
+        raise ConfigError(f"two values of a study make one and the same run ({said}), at {_told(other)}; leave one of them out")
 
 
 def cells(study: Study) -> Iterator[Cell]:

@@ -37,7 +37,7 @@ def timed(runs: Sequence[Run]) -> dict[str, str]:
         if run.base == largest and run.origin is not None:
             found.setdefault("dense", run.origin.twin.id)
             found.setdefault(shape(run.axes), run.origin.id)
-    return found
+    return found if len(found) > 1 else {}  # of one shape there is nothing to compare
 
 
 def measure(study: Path, runs: Sequence[Run]) -> str | None:
@@ -71,8 +71,8 @@ def read(study: Path) -> tuple[dict[str, int], Speeds] | None:
 
 
 def speeds(folders: Mapping[str, Path], tokens: int = TOKENS, rounds: int = _ROUNDS) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of one thread, the models in turn: reading 8 sequences, and writing one by one, 1 to 64 sequences at once."""
-    models = {name: open_model(folder)[0] for name, folder in folders.items()}
+    """Tokens a second of one thread of the processor, the models in turn: reading 8 sequences, and writing 1 to 64 at once."""
+    models = {name: open_model(folder)[0].cpu() for name, folder in folders.items()}
     kinds = (READ, *(f"{WRITE}{batch}" for batch in BATCHES))
     found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in models}
     before = torch.get_num_threads()

@@ -28,6 +28,7 @@ from moe.studies.speeds import READ, WRITE, Speeds
 SCRATCH = "from scratch"
 _CHANCE = 0.025  # that chance gains or loses somewhere among the comparisons that are looked at
 _ALIKE = 0.1  # runs whose extra FLOPs differ by less spent the same
+_ALIKE_AICC = 2.0  # laws whose criteria differ by less describe the runs equally well
 _FAMILY = ("d_model", "layers", "heads", "d_ff")
 
 
@@ -224,11 +225,14 @@ def verdict(study: Comparison, budget: float) -> str:
 def one_law(rows: Sequence[Row]) -> list[str]:
     """Whether the average number of parameters says more of all runs, however they began, than the final one."""
     x, loss = points(rows)
+    if not len(loss):
+        return ["No law was fitted, as no run is done."]
     for law in (JOURNEY, CHINCHILLA):
         if reason := why_not(law, x, loss):
             return [f"No law was fitted to all {len(loss)} runs, from scratch, continued and upcycled: {reason}."]
     average, final = fit(JOURNEY, x, loss), fit(CHINCHILLA, x, loss)
     nearer = "the average is nearer" if average.aicc < final.aicc else "the final number is nearer"
+    nearer = "which is nearer cannot be told" if abs(average.aicc - final.aicc) < _ALIKE_AICC else nearer
     return [
         f"One law of Chinchilla's form for all {len(loss)} runs, from scratch, continued and upcycled, with the tokens of both parts: over "
         f"the number of active parameters averaged over those tokens (The Journey Matters) runs scatter around it by {average.spread:.2%} "
@@ -257,14 +261,20 @@ def _trust(study: Comparison) -> list[str]:
 def _left_out(study: Comparison) -> list[str]:
     spent = "extra FLOPs that no continued dense model spent"
     runs = "1 run is" if study.apart == 1 else f"{study.apart} runs are"
-    return [f"{runs} left out that took {spent}; rule iso_flop makes them equal."] if study.apart else []
+    lines = [f"{runs} left out that took {spent}; rule iso_flop makes them equal."] if study.apart else []
+    if any(run.row.begin is None for run in study.runs):
+        lines.append("A run from scratch spent less in all: what trained the dense model is not in its budget.")
+    return lines
 
 
 def _untimed(study: Comparison) -> list[str]:
     if study.speeds:
         later = sorted({shape(run.row.axes) for run in study.runs} - study.speeds.keys())
         also = f" Not among them, as they were not there to begin with: {', '.join(later)}." if later else ""
-        return [f"One thread, the models in turn; those of equal shape are equally fast.{also}"]
+        return [
+            "One thread of the processor, the models in turn, as runs begin with them, before they are trained further; those of equal "
+            f"shape are equally fast.{also}"
+        ]
     return ["How fast these models are was not measured: moe study run does so when all runs have ended, for the largest family."]
 
 

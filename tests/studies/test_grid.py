@@ -11,7 +11,7 @@ import pytest
 from moe.config import load
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError
-from moe.studies import LAWS
+from moe.studies import LAWS, speeds
 from moe.studies.design import further, judge
 from moe.studies.form import Study
 from moe.studies.grid import cooldown, grid
@@ -217,6 +217,8 @@ def test_a_shared_expert_and_layers_that_stay_dense_are_made_too(study):
         (["rule={name: iso_active, tolerance: 0.001}"], "rule.name=iso_active cannot be met: 4 experts"),
         (["rule={name: iso_parameter, values: [2e4], tolerance: 0.001}"], "rule.name=iso_parameter cannot be met"),
         (["rule={name: iso_parameter, values: [1e25]}"], "rule.name=iso_parameter cannot be met"),
+        (["axes.tokens=[50_000, 50_001]"], "one and the same run .tokens 50000 and 50001., at"),
+        (["axes.lr=[1, 1.00001]"], "one and the same run .factor 1.0 and 1.00001., at"),
         (["recipe.model.kv_heads=4"], "model.kv_heads=4 does not divide model.heads=2"),
         (["axes.router=[top_k]"], "never learns"),
     ],
@@ -344,3 +346,8 @@ def test_a_folder_of_home_is_there(study, monkeypatch, tmp_path):
     given = study("means.folder=~/studies/x")
     assert given.means.folder == str(tmp_path / "studies/x")
     assert grid(given)[0].recipe.run.folder.startswith(str(tmp_path / "studies/x/runs/"))
+
+
+def test_speeds_of_one_shape_are_not_wanted(study):
+    assert speeds.timed(grid(study(*BEGUN))).keys() == {"dense", "4 experts top-2"}
+    assert speeds.timed(grid(study(*BEGUN, "axes.experts=[1]", "axes.begin=[{dense: 50_000}]"))) == {}

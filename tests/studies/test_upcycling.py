@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from typer.testing import CliRunner
 
 from moe.cli import app
 from moe.errors import DataError
-from moe.studies import speeds
-from moe.studies.laws import JOURNEY
+from moe.studies import speeds, upcycling
+from moe.studies.laws import CHINCHILLA, JOURNEY
 from moe.studies.rows import append
 from moe.studies.upcycling import CONTINUED, SCRATCH, comparisons, one_law, page_of, verdict
 from tests.pages.browser import look, needs_browser, said
@@ -170,6 +171,28 @@ def test_one_law_for_all_runs_is_the_one_that_made_them():
     [sentence] = one_law([one._replace(average=one.active) for one in made])
     assert "No law was fitted to all 36 runs" in sentence
     assert "as no run changes its size" in sentence
+
+
+def test_laws_that_describe_runs_alike_are_not_told_apart(monkeypatch):
+    found = {law.name: SimpleNamespace(aicc=aicc, spread=0.01) for law, aicc in ((JOURNEY, -101.5), (CHINCHILLA, -100.0))}
+    monkeypatch.setattr(upcycling, "why_not", lambda *_: None)
+    monkeypatch.setattr(upcycling, "fit", lambda law, *_: found[law.name])
+    assert one_law(rows())[0].endswith("which is nearer cannot be told.")
+
+
+def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path):
+    for made in rows():
+        append(tmp_path, made._replace(status="failed", why="it was", loss=None, bits_per_byte=None))
+    done = CliRunner().invoke(app, ["study", "report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "Nothing can be compared" in done.output
+    assert "No law was fitted, as no run is done." in (tmp_path / "report.md").read_text()
+
+
+def test_a_page_says_what_its_comparisons_leave_out():
+    sections = page_of("study", rows(), timed()).sections
+    assert sections[0].words[-1] == "A run from scratch spent less in all: what trained the dense model is not in its budget."
+    assert "as runs begin with them, before they are trained further" in sections[1].words[0]
 
 
 def test_speeds_that_are_none_are_refused(tmp_path):
