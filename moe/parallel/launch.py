@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from moe.errors import CollectiveTimeout, MoeError, Preempted
 
+PARENT = "moe-study-"  # begins the name of a run that a study started; the study's process follows
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks for a checkpoint and an orderly end
 SAVE_SECONDS = 120  # from the request to stop to SIGKILL: a checkpoint must fit
 FAILURE_SECONDS = 10  # for the ranks that survive another one's failure to say what they saw
@@ -71,6 +72,13 @@ def epilogue(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _parent(name: str | None) -> int | None:
+    """The process whose end is to stop this one, by the name of the run: the number that follows PARENT, else who started it."""
+    if name is None or not name.startswith(PARENT):
+        return None if name is None else os.getppid()
+    return int(name.removeprefix(PARENT))  # it may have ended before this process could look
+
+
 class StopSignal:
     """Whether this rank was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or by the end of the launcher that started it.
 
@@ -79,7 +87,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._parent = _parent(os.environ.get("TORCHELASTIC_RUN_ID"))
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:

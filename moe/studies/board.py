@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe.checkpoint import shelf
 from moe.errors import ConfigError
@@ -70,6 +72,7 @@ class Board:
             for name in {run.origin.id, run.origin.twin.id} if run.origin is not None else ():
                 self.begun.setdefault(name, []).append(run)
         self.timed = set(timed(runs).values())
+        self.claims: dict[str, Any] = {}
         self.look()
 
     def look(self) -> None:
@@ -174,17 +177,28 @@ class Board:
     def sweep(self) -> None:
         """Remove what a study that was killed had recorded and not yet removed."""
         for name in self.rows:
-            self.clear(self.runs[name])
+            lock = take(self.study, name)
+            if lock is not None:  # else another worker trains it once more
+                self.clear(self.runs[name])
+                lock.close()
+        for path in (self.study / RUNS).glob(".*.partial"):
+            name = path.name.removeprefix(".").removesuffix(".partial")
+            lock = None if self._needed(name) else take(self.study, name)
+            if lock is not None:  # a conversion that a kill cut short, and nothing begins with any more
+                shutil.rmtree(path, ignore_errors=True)
+                lock.close()
 
     def clear(self, run: Run) -> None:
-        """Remove what a run that is done needs no more, its trunk's if it was the last, and so what both began with."""
+        """Remove what a run that is done needs no more, its trunk's if it was the last, and what both began with. Its lock is held."""
         if not self._done(run):
             return
-        tidy(self.study, run.id, weights=self.means.keep_weights or self._wanted(run.id))
+        tidy(self.study, run.id, weights=self.means.keep_weights or self._needed(run.id))
         if run.origin is not None and not self.means.keep_weights:
             for name in {run.origin.id, run.origin.twin.id}:
-                if not self._wanted(name):
+                lock = None if self._needed(name) else take(self.study, name)
+                if lock is not None:
                     remove(self.study / RUNS / (name if name not in self.runs else f"{name}/weights"))
+                    lock.close()
         if run.trunk is None or not all(self._done(one) for one in self.sharing[run.trunk.id]):
             return
         lock = take(self.study, run.trunk.id)
@@ -200,6 +214,36 @@ class Board:
         if name in self.timed and not (self.study / SPEEDS).exists():
             return True
         return any(not self._done(run) for run in self.begun.get(name, ()))
+
+    def claim(self) -> None:
+        """Tell other workers, whose study may ask for other runs, which weights this one has a use for."""
+        (self.study / RUNS).mkdir(exist_ok=True)
+        for name in self.begun:
+            if self._wanted(name) and name not in self.claims:
+                self.claims[name] = (self.study / RUNS / f"{name}.needed").open("a+")
+                fcntl.flock(self.claims[name], fcntl.LOCK_SH)
+
+    def disclaim(self) -> None:
+        """Have no use for any weights."""
+        for file in self.claims.values():
+            file.close()
+        self.claims.clear()
+
+    def _needed(self, name: str) -> bool:
+        """Whether the weights of a dense twin or of a conversion are still of use to this or to another worker."""
+        if self._wanted(name):
+            return True
+        if name in self.claims:
+            self.claims.pop(name).close()
+        path = self.study / RUNS / f"{name}.needed"
+        if not path.exists():
+            return False
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
 
     def left(self) -> float:
         """Seconds of all processes that the missing runs still take, as it was measured before."""

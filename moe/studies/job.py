@@ -21,6 +21,7 @@ import torch
 from moe.checkpoint import shelf
 from moe.config import dump, load
 from moe.errors import DataError, NonFinite, Preempted
+from moe.parallel.launch import PARENT
 from moe.recipe import Recipe
 from moe.studies.begin import Origin, remove, words
 from moe.studies.form import Means
@@ -76,7 +77,7 @@ class Process:
         self.job, self.log, self.lock, self.limit = job, job.log(study), lock, seconds
         self.start, self.late, self.asked, self.killed_before = time.monotonic(), False, False, _killed_by_system()
         # with this name in its environment a run saves and stops once its parent is gone
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_RUN_ID": "moe-study"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_RUN_ID": f"{PARENT}{os.getpid()}"}
         self.device = device
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -324,5 +325,7 @@ def tidy(study: Path, name: str, *, keep: int = 0, weights: bool = False) -> Non
         shutil.rmtree(path, ignore_errors=True)
     if not keep:
         shelf.clean(folder / "checkpoints")
+    for path in folder.glob("weights.*"):  # that a kill left half written, or half removed
+        shutil.rmtree(path, ignore_errors=True)
     if not weights:
         remove(folder / "weights")

@@ -178,6 +178,7 @@ class Crew:
     def work(self, workers: int) -> None:
         """Go on until every run has its row, or, with a share of the study, until others are at each that is left."""
         self.board.sweep()
+        self.board.claim()
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Progress(self.board, self.console, workers) as progress:
@@ -196,6 +197,7 @@ class Crew:
                 self._stop()
                 raise Preempted("the study was stopped, and its runs have saved; the same command goes on from there")
         finally:
+            self.board.disclaim()
             for process in self.under_way:
                 process.stop()
             for number, handler in before.items():

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from moe.config import load
 from moe.errors import ConfigError
+from moe.parallel.launch import PARENT, StopSignal
 from moe.studies import job, price, runner, status
 from moe.studies.board import Board, Share
 from moe.studies.form import STUDY, Means, Study
@@ -84,18 +85,34 @@ def test_a_study_that_was_moved_goes_on_where_it_is(of, tmp_path):
     assert status.home(tmp_path / STUDY) is None
 
 
-def test_a_run_that_has_its_own_checkpoint_outlives_its_trunk(of, tmp_path, monkeypatch):
+def test_a_run_that_has_its_own_checkpoint_outlives_its_trunk(of, tmp_path):
     study, folder = of("small", "axes.experts=[1]"), tmp_path / "study"
     runs = grid(study)
     trunk = runs[0].trunk.id
     alive = make(folder, runs[2].recipe, runs[2].id) / "checkpoints" / "step-00000060"
     alive.mkdir(parents=True)
     ending(folder, **{trunk: 1})
-    monkeypatch.setenv("TRAINER_SECONDS", "0.03")
-    one = crew(study, runs)
-    one.work(2)
+    crew(study, runs).work(1)
     rows = latest(folder)
     assert [rows[run.id].status for run in runs] == ["failed", "failed", "done"]
+
+
+def test_a_process_that_nobody_waits_for_any_more_is_not_cut_short(of, tmp_path):
+    study = of("small", "axes.experts=[1]", "axes.tokens=[2_560]")
+    [run] = grid(study)
+    crew(study, [run]).work(1)
+    one, looks, stopped = crew(study, [run]), iter([False, True]), []
+    process = SimpleNamespace(
+        job=Job("0", None, 0, None, 1.0),
+        start=time.monotonic(),
+        ended=lambda: next(looks),
+        outcome=lambda: None,
+        stop=lambda: stopped.append(1),
+        lock=SimpleNamespace(close=lambda: None),
+    )
+    one.under_way.append(process)
+    one.work(1)
+    assert not stopped
     assert not one.under_way
 
 
@@ -286,3 +303,40 @@ def test_a_share_of_an_array_with_steps_is_one_of_those_there_are():
             subprocess.run(["bash", "-uc", f'echo "{share}"'], env=facts, capture_output=True, text=True, check=True).stdout.strip()
         )
     assert told == ["0/3", "1/3", "2/3"]
+
+
+def test_weights_that_another_study_at_the_same_folder_needs_stay(of, tmp_path):
+    few, folder = of("begun", *COPY, "rule.values=[1.2e8]"), timed(tmp_path / "study")
+    more = of("begun", *COPY, "rule.values=[1.2e8, 2.4e8]")
+    other = crew(more, grid(more)).board
+    other.claim()
+    crew(few, grid(few)).work(2)
+    [origin] = {run.origin.id for run in grid(few) if run.origin}
+    assert (folder / RUNS / origin / "weights").is_dir()
+    other.disclaim()
+    crew(few, grid(few)).work(2)
+    assert not list((folder / RUNS).glob("*/weights"))
+
+
+def test_what_a_kill_left_half_written_goes(of, tmp_path):
+    study, folder = of("begun", *COPY), timed(tmp_path / "study")
+    runs = grid(study)
+    crew(study, runs).work(2)
+    left = [folder / RUNS / runs[0].id / name for name in ("weights.tmp-0123abcd", "weights.gone")]
+    left += [folder / RUNS / f".{'0' * 16}.partial"]
+    held = folder / RUNS / f".{'1' * 16}.partial"
+    for path in (*left, held):
+        path.mkdir()
+    with take(folder, "1" * 16):
+        crew(study, runs).work(2)
+    assert not any(path.exists() for path in left)
+    assert held.exists()
+
+
+def test_a_run_whose_study_ended_before_it_could_look_is_asked_to_stop(monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name, asked in ((f"{PARENT}{gone.pid}", True), (f"{PARENT}{os.getppid()}", False), ("another-launcher", False)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        with StopSignal() as stop:
+            assert stop.asked == asked
