@@ -123,19 +123,19 @@ def columns(rows: Sequence[Row]) -> tuple[list[Row], Points, Column]:
 
 def noise_of(rows: Sequence[Row]) -> Noise:
     """How far apart runs end that differ in their seed alone."""
-    several = [np.log(cell) for cell in seeds_of(rows).values() if len(cell) > 1]
+    several = [np.log(list(cell.values())) for cell in seeds_of(rows).values() if len(cell) > 1]
     runs = sum(len(cell) for cell in several)
     squares = sum(float(np.square(cell - cell.mean()).sum()) for cell in several)
     return Noise(float(np.sqrt(squares / max(runs - len(several), 1))), len(several), runs)
 
 
-def seeds_of(rows: Sequence[Row]) -> dict[str, NDArray[np.float64]]:
-    """Losses of runs by what they share but for the seed, one of each seed."""
-    found: dict[str, dict[Any, float]] = {}
+def seeds_of(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Losses by seed of runs that share all else, one of each seed."""
+    found: dict[str, dict[int, float]] = {}
     for row in rows:
         assert row.loss is not None
         found.setdefault(cell_of(row), {})[row.axes.get("seed", 0)] = row.loss
-    return {cell: np.array(list(losses.values())) for cell, losses in found.items()}
+    return found
 
 
 def cell_of(row: Row) -> str:

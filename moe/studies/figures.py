@@ -11,17 +11,19 @@ from moe.pages.figure import Figure, Series
 from moe.pages.scale import told
 from moe.studies.compare import Fits, between
 from moe.studies.family import choice_of, choices, family
+from moe.studies.gains import gains, together
 from moe.studies.optimum import DENSE, Budget, Choice, Optimum, optimum
 from moe.studies.predict import compute
 from moe.studies.rows import Row
 from moe.studies.verdict import Verdict, asked_of
 
 _STEPS = 25  # of a drawn curve
+_TICKS = 6
 
 
 def figures(rows: Sequence[Row], fits: Fits, verdict: Verdict) -> list[Figure]:
     """Those for which the study has runs."""
-    drawn = [_compute(fits)]
+    drawn = [_compute(fits), *_gained(fits)]
     if fits.best is not None:
         drawn += [*_flat(fits, verdict), _measured(fits), *_held(fits), _residuals(fits)]
     drawn += _by_experts(fits.rows)
@@ -63,6 +65,26 @@ def _compute(fits: Fits) -> Figure:
             lines.append(Series("", curve, "line", colour=number))
     law = f"Lines: the least loss at each compute by the law {fits.best}, sizes and tokens at their best." if fits.best else ""
     return Figure("compute", "Loss against compute", "training FLOPs", "loss, nats a token", [*lines, *dots], "log", "log", law)
+
+
+def _gained(fits: Fits) -> Iterator[Figure]:
+    """What mixtures gain over dense runs of equal FLOPs, by how long both are."""
+    found = [gain for gain in gains(fits) if gain.router in {row.axes.get("router") for row in fits.rows}]
+    every, series = choices(fits.rows), []
+    for number, choice in enumerate(every):
+        mine = sorted({gain.tokens for gain in found if gain.choice == choice})
+        pooled = [together([gain for gain in found if gain.choice == choice and gain.tokens == tokens]) for tokens in mine]
+        spans = [(one.nats - one.error, one.nats + one.error) for one in pooled if one.error > 0]
+        points = [(float(one.tokens), one.nats) for one in pooled]
+        words = [f"{one.choice}, {one.width}, {told(one.tokens)} tokens: {one.nats:+.4f} nats" for one in pooled]
+        if points:
+            series.append(Series(name_of(choice, every), points, "both", number, spans=spans, words=words))
+    if series:
+        title = "Gained over dense models of equal FLOPs"
+        caption = "Means over widths, a standard error to both sides: above zero the mixture is better."
+        ticks = sorted({gain.tokens for gain in found})
+        ticks = ticks if len(ticks) <= _TICKS else ()
+        yield Figure("gained", title, "training tokens", "nats a token less", series, "log", "linear", caption, ticks)
 
 
 def _at(fits: Fits, flops: float, choice: Choice, total: float = np.inf) -> Optimum | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moe.studies.compare import Fits, columns, noise_of
-from moe.studies.gains import bar, beyond, gains, helps, swept
-from tests.studies.planted import TRUTH, rows
+from moe.studies.gains import beyond, floor_of, gains, helps, largest, swept
+from tests.studies.planted import TRUTH, row, rows
 
 FLAT = {**TRUTH, "delta": 0.0, "gamma": 0.0, "omega": 0.0, "zeta": 0.0}  # experts do nothing
 
@@ -25,7 +25,7 @@ def test_experts_that_help_do():
     fits = made(rows())
     assert len(gains(fits)) == 48
     text = " ".join(helps(fits))
-    assert text.startswith("Experts help at fixed active FLOPs: 16 experts, top-1, granularity 1 (width 192, ")
+    assert text.startswith("Experts help at fixed active FLOPs: 16 experts, top-1, granularity 1 (mean of 4 widths, 32M tokens): 0.1")
     assert "noise of one run 0.45% of the loss, from 6 runs of 2 places" in text
 
 
@@ -38,7 +38,7 @@ def test_experts_that_do_nothing_leave_it_open_and_the_power_is_said():
     text = helps(fits)[0]
     assert text.startswith("Whether experts help at fixed active FLOPs is open: at best ")
     assert " may be chance; noise of one run" in text
-    assert not any(beyond(gains(fits), fits.noise))
+    assert not any(beyond(gains(fits), floor_of(fits)))
 
 
 def test_useless_experts_look_useful_in_one_study_of_forty():
@@ -54,7 +54,7 @@ def test_experts_that_cost_are_said_to():
     text = " ".join(helps(made(times(rows(values=FLAT, seeds=6), 1.05, lambda one: one.experts > 1))))
     assert "Experts cost at fixed active FLOPs, even the best of the largest ones" in text
     assert "nats more than dense" in text
-    assert "0 are better and 48 worse beyond the noise" in text
+    assert "0 of 48 pairs of equal FLOPs and tokens are better and 48 worse" in text
 
 
 def test_a_dense_model_whose_rate_was_wrong_does_not_win_the_argument_for_experts():
@@ -62,7 +62,8 @@ def test_a_dense_model_whose_rate_was_wrong_does_not_win_the_argument_for_expert
     level = [one for one in every if one.axes["lr_factor"] == 1]
     ends = [one for one in every if one.axes["lr_factor"] != 1]
     better = times(level + ends, 0.8, lambda one: one.experts == 1 and one.axes["lr_factor"] == 2)
-    found = swept(made(better))
+    fits = made(better)
+    found = swept(fits, floor_of(fits))
     assert found.best.nats < found.rule.nats - 0.1
     text = " ".join(helps(made(better)))
     assert "is open, as the learning rate may make the difference" in text
@@ -101,7 +102,32 @@ def test_the_reason_is_looked_for_in_the_runs():
     assert "too few to fill their experts" in " ".join(helps(made(short)))
 
 
+def test_runs_of_one_seed_are_compared_with_each_other():
+    """A seed that does 5 % to all runs alike hides nothing."""
+    chance = np.random.default_rng(0)
+    every = rows(seeds=4, noise=0)
+    shared = {seed: float(np.exp(chance.normal(0, 0.05))) for seed in range(4)}
+    moved = [one._replace(loss=one.loss * shared[one.axes["seed"]] * float(np.exp(chance.normal(0, 0.001)))) for one in every]
+    ends = [row(64, e, 2e6, seed=s)._replace(id=f"x{e}{s}") for e in (1, 16) for s in range(1, 4)]
+    ends = [one._replace(loss=one.loss * shared[one.axes["seed"]] * float(np.exp(chance.normal(0, 0.001)))) for one in ends]
+    fits = made([*moved, *ends])
+    assert fits.noise.relative > 0.01
+    floor = floor_of(fits)
+    assert (floor.paired, floor.freedom, floor.places) == (True, 6, 2)
+    assert floor.relative < 0.002
+    assert helps(fits)[0].startswith("Experts help")
+
+
+def test_widths_are_taken_together_each_at_its_largest():
+    found = largest(gains(made(rows())))
+    assert {gain.width for gain in found} == {"mean of 4 widths"}
+    one = next(gain for gain in found if gain.choice.experts == 16)
+    each = [gain for gain in gains(made(rows())) if gain.choice.experts == 16 and gain.tokens == 32_000_000]
+    assert one.nats == np.mean([gain.nats for gain in each])
+    assert one.error < max(gain.error for gain in each) / 1.9
+
+
 def test_the_bar_rises_with_pairs_and_falls_with_seeds():
-    few, many = noise_of(rows(seeds=2)), noise_of(rows(seeds=6))
-    assert bar(few, 4) > bar(many, 4) > 2
-    assert bar(many, 40) > bar(many, 4)
+    few, many = (floor_of(made(rows(seeds=seeds))) for seeds in (2, 6))
+    assert few.bar(4) > many.bar(4) > 2
+    assert many.bar(40) > many.bar(4)
