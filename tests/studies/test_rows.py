@@ -133,3 +133,19 @@ def test_fits_see_the_runs_that_are_done_at_the_rate_of_the_rule(tmp_path):
     assert columns["experts"].tolist() == [4, 4]  # for each one that a token meets: one of 4, two of 8
     with pytest.raises(DataError, match="needs runs of at least 3 values"):
         check(CLARK, columns, np.asarray(loss))
+
+
+def test_a_line_of_another_encoding_is_named(tmp_path):
+    append(tmp_path, row("a"))
+    with (tmp_path / RESULTS).open("ab") as file:
+        file.write(b'{"id": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match=r"results.jsonl:2 is no row of a study"):
+        read(tmp_path)
+
+
+def test_a_row_that_is_done_is_not_replaced_by_one_that_is_not(tmp_path):
+    for one in (row("a", loss=2.4), row("a", status="failed", loss=None), row("b", status="failed", loss=None), row("b")):
+        append(tmp_path, one)
+    assert [(one.id, one.status, one.loss) for one in read(tmp_path)] == [("a", "done", 2.4), ("b", "done", 2.5)]
+    append(tmp_path, row("a", loss=2.3))
+    assert latest(tmp_path)["a"].loss == 2.3
