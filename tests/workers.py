@@ -9,10 +9,12 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -39,12 +41,24 @@ class WorkerError(AssertionError):
     """A rank raised, died or hung; the message holds each failed rank's traceback."""
 
 
+class Aborted(WorkerError):
+    """A rank was ended by SIGABRT, as no line of Python does."""
+
+
 def run_ranks(world: int, function: Callable, *args, timeout: float = 60) -> list:
     """Run `function(rank, world, *args)` on `world` gloo ranks and return the results by rank.
 
     function, args and results must pickle (a module-level function). The first failure kills every rank. The ranks meet in
     a barrier at the end, unless function has destroyed the process group itself.
     """
+    try:
+        return _run(world, function, *args, timeout=timeout)
+    except Aborted as error:  # gloo does so now and then when a group of DTensor's is freed; an abort of ours comes again
+        warnings.warn(f"tried once more: {str(error).splitlines()[0]}", stacklevel=2)
+        return _run(world, function, *args, timeout=timeout)
+
+
+def _run(world: int, function: Callable, *args, timeout: float) -> list:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -98,7 +112,8 @@ def _raise_failures(outcomes: list[tuple], ranks: list, folder: Path) -> None:
         failures.append(f"rank {rank}: {text}\n{stack.read_text() if stack.exists() else ''}")
     if failures:
         failures.sort(key=lambda text: any(sign in text for sign in _CONSEQUENCES))
-        raise WorkerError("\n".join(failures))
+        aborted = any(process.exitcode == -signal.SIGABRT for process in ranks)
+        raise (Aborted if aborted else WorkerError)("\n".join(failures))
 
 
 def _rank(rank: int, world: int, folder: str, sender: Connection, task: bytes, environment: dict, path: list, timeout: float) -> None:

@@ -40,6 +40,17 @@ def environment(rank: int, world: int) -> tuple:
     return os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("A_TEST_SAYS"), torch.get_num_threads()
 
 
+def aborts_until(rank: int, world: int, path: str, times: int) -> int:
+    if rank == 1:
+        with open(path, "a+") as file:
+            file.write("x")
+            file.seek(0)
+            if len(file.read()) <= times:
+                file.close()
+                os.abort()
+    return rank
+
+
 def nothing(rank: int, world: int) -> int:
     return os.getpid()
 
@@ -60,6 +71,13 @@ def test_a_failing_rank_is_named_with_its_traceback():
 def test_a_killed_rank_is_named_before_those_that_missed_it():
     with pytest.raises(WorkerError, match=r"^rank 2: died with exit code -9"):
         run_ranks(3, dies_on_one, 2)
+
+
+def test_an_abort_is_tried_once_more_and_named_if_it_comes_again(tmp_path):
+    with pytest.warns(UserWarning, match="tried once more: rank 1: died with exit code -6"):
+        assert run_ranks(2, aborts_until, str(tmp_path / "once"), 1) == [0, 1]
+    with pytest.warns(UserWarning, match="tried once more"), pytest.raises(WorkerError, match=r"^rank 1: died with exit code -6"):
+        run_ranks(2, aborts_until, str(tmp_path / "always"), 2)
 
 
 def test_a_hang_ends_at_the_timeout_and_shows_where():
