@@ -38,13 +38,11 @@ class Budgets(NamedTuple):
 
 def folder_of(path: Path) -> Path:
     """A study's folder, by itself or by its YAML file."""
-    if path.is_dir():
-        return path
     if not path.exists():
         raise ConfigError(f"{path} is neither a study's folder nor its YAML file; give what moe study run was given")
-    from moe.studies.runner import opened
+    from moe.studies.status import home, opened
 
-    return opened(path)[1]
+    return home(path) or opened(path)[1]
 
 
 def _console() -> Console:

@@ -18,7 +18,7 @@ from moe.studies.form import STUDY, Means, opened
 from moe.studies.grid import Run, grid
 from moe.studies.job import locked, step_now, workers_of
 from moe.studies.price import counted, hours, remembered
-from moe.studies.rows import RUNS, Row, latest, shape
+from moe.studies.rows import RESULTS, RUNS, Row, latest, shape
 
 WIDE = 140  # columns, where no terminal says
 _LOOK_SECONDS = 5
@@ -75,7 +75,7 @@ def home(path: Path) -> Path | None:
     """The study's folder that a path is, or whose own YAML file it is, wherever that was moved; None for a YAML file elsewhere."""
     if path.is_dir():
         return path
-    return path.parent if path.name == STUDY and (path.parent / RUNS).is_dir() else None
+    return path.parent if path.name == STUDY and any((path.parent / name).exists() for name in (RUNS, RESULTS)) else None
 
 
 def status(path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from moe.cli import app
 from moe.pages import png
+from moe.studies.report import folder_of
 from tests.pages.browser import look, needs_browser, said
 from tests.pages.test_page import MARKS, check_figures
 from tests.studies.planted import study
@@ -76,3 +79,14 @@ def test_what_cannot_be_done_is_said_in_a_sentence(folder, words, code, sentence
     done = CliRunner().invoke(app, ["study", *(word.format(folder) for word in words)])
     assert done.exit_code == code
     assert sentence in " ".join(done.output.split())
+
+
+def test_a_study_that_was_moved_is_found_by_its_own_yaml(tmp_path):
+    here = tmp_path / "moved"
+    here.mkdir()
+    (here / "study.yaml").write_text(
+        "means: {folder: elsewhere}\naxes: {family: [{d_model: 8, layers: 1, heads: 1, d_ff: 8}], tokens: [1]}\n"
+    )
+    assert folder_of(here / "study.yaml") == Path("elsewhere")
+    (here / "results.jsonl").write_text("")
+    assert folder_of(here / "study.yaml") == here
