@@ -9,8 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from moe.studies.job import Job, Outcome, row_of
 from moe.studies.price import Pace, estimate
 from moe.studies.rows import RUNS, append, check_unedited, latest
 from moe.studies.status import show
-from tests.studies.test_runner import PACE, crew, fork, table
+from tests.studies.test_runner import PACE, crew, fork, killed_at_random, moe_study, table
 
 BEGUN = """
 recipe:
@@ -271,11 +269,6 @@ def test_a_design_is_judged_by_its_runs_from_scratch_and_where_it_has_an_aim(stu
         runner._judge(aimed, grid(aimed), Console(width=200))
 
 
-def moe_study(verb, *words):
-    command = [sys.executable, "-m", "moe", "study", verb, *map(str, words)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.mark.slow
 def test_a_real_study_that_is_killed_ends_with_the_same_weights_and_its_page(study, tmp_path):
     study()
@@ -284,18 +277,7 @@ def test_a_real_study_that_is_killed_ends_with_the_same_weights_and_its_page(stu
     said = whole.communicate(timeout=600)[0]
     assert whole.returncode == 0, said
     assert "dense twins made sparse 1x" in said
-    chance, ends = random.Random(7), []
-    for _ in range(4):
-        one = moe_study("run", *words, f"means.folder={tmp_path / 'killed'}")
-        try:
-            ends.append(one.wait(chance.uniform(12, 30)))
-        except subprocess.TimeoutExpired:
-            one.kill()
-            one.wait()
-    assert len(ends) < 4
-    last = moe_study("run", *words, f"means.folder={tmp_path / 'killed'}")
-    said = last.communicate(timeout=600)[0]
-    assert last.returncode == 0, said
+    killed_at_random((*words, f"means.folder={tmp_path / 'killed'}"), times=4, seed=7, between=(12, 30))
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     lines = [json.loads(line)["id"] for line in (tmp_path / "killed" / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 5

@@ -10,7 +10,7 @@ import pytest
 
 from moe.errors import DataError
 from moe.studies import LAWS
-from moe.studies.fit import _Vector, bootstrap, check, cross_check, fit, identify, interval
+from moe.studies.fit import _Vector, bootstrap, check, cross_check, fit, identify, interval, unusual
 from moe.studies.laws import ABNAR, CHINCHILLA, CLARK, KRAJEWSKI, LUDZIEJEWSKI, saturated
 from moe.tables import entry
 
@@ -51,6 +51,27 @@ def test_outliers_do_not_rule():
     loss = noisy(CHINCHILLA, PAPER, x, seed=2)
     loss[::20] *= 1.2
     assert fit(CHINCHILLA, x, loss).values["alpha"] == pytest.approx(PAPER["alpha"], rel=0.03)
+
+
+def test_an_outlier_widens_no_interval_and_prefers_no_law():
+    x = runs(60, seed=1)
+    loss = noisy(CHINCHILLA, PAPER, x, seed=2)
+    clean = fit(CHINCHILLA, x, loss)
+    loss[7] *= 1.5
+    odd = fit(CHINCHILLA, x, loss)
+    assert odd.spread < 1.3 * clean.spread
+    assert odd.aicc < clean.aicc + 60  # by plain squares it is 300 more
+    assert np.flatnonzero(unusual(odd.residuals)).tolist() == [7]
+    assert not unusual(clean.residuals).any()
+
+
+def test_what_runs_of_one_trunk_miss_by_is_drawn_together():
+    """Three lengths a trunk that miss by the same leave a size's share of the loss as open as a third of the runs would."""
+    x, groups = runs(60, seed=1), np.repeat(np.arange(20), 3)
+    loss = CHINCHILLA.loss(PAPER, x) * np.exp(np.random.default_rng(2).normal(0, 0.01, 20)[groups])
+    found, far = fit(CHINCHILLA, x, loss), {"active": np.array([3e9]), "tokens": np.array([1e11])}
+    apart, together = (interval(bootstrap(found, x, loss, draws=60, groups=each), far) for each in (None, groups))
+    assert together[1] - together[0] > 1.3 * (apart[1] - apart[0])
 
 
 @pytest.mark.parametrize(("law", "values"), [(CHINCHILLA, PAPER), (KRAJEWSKI, KRAJEWSKI.published["64 experts"])])
@@ -109,6 +130,12 @@ def test_a_design_is_judged_before_it_is_run():
     sentence = few.says(1e-4)
     assert sentence is not None
     assert "add values to its axes" in sentence
+
+
+def test_lengths_that_hardly_differ_are_named():
+    x = runs(40, seed=1) | {"tokens": np.resize([1.0e9, 1.2e9, 1.5e9], 40)}
+    with pytest.raises(DataError, match=r"needs runs whose tokens differ by 2x or more and these have 1e\+09 to 1.5e\+09"):
+        check(CHINCHILLA, x, CHINCHILLA.loss(PAPER, x))
 
 
 def test_too_few_runs_or_values_are_named():

@@ -340,8 +340,26 @@ def test_the_verbs_refuse_in_a_sentence(tmp_path):
 
 
 def moe_study(verb, *words):
+    """`moe study …` as a process of its own."""
     command = [sys.executable, "-m", "moe", "study", verb, *map(str, words)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def killed_at_random(words, *, times, seed, between):
+    """Run a study and kill it so many times, then let it end; what the last one said."""
+    chance, ends = random.Random(seed), []
+    for _ in range(times):
+        one = moe_study("run", *words)
+        try:
+            ends.append(one.wait(chance.uniform(*between)))
+        except subprocess.TimeoutExpired:
+            one.kill()
+            one.wait()
+    assert len(ends) < times
+    last = moe_study("run", *words)
+    said = last.communicate(timeout=900)[0]
+    assert last.returncode == 0, said
+    return said
 
 
 @pytest.mark.slow
@@ -350,18 +368,7 @@ def test_a_real_study_that_is_killed_at_random_ends_with_the_same_table(tmp_path
     words = (debug, "means.cores=2", "--yes")
     whole = moe_study("run", *words, f"means.folder={tmp_path / 'whole'}")
     assert whole.wait(900) == 0
-    chance, ends = random.Random(5), []
-    for _ in range(5):
-        study = moe_study("run", *words, f"means.folder={tmp_path / 'killed'}")
-        try:
-            ends.append(study.wait(chance.uniform(15, 40)))
-        except subprocess.TimeoutExpired:
-            study.kill()
-            study.wait()
-    assert len(ends) < 5
-    last = moe_study("run", *words, f"means.folder={tmp_path / 'killed'}")
-    said = last.communicate(timeout=900)[0]
-    assert last.returncode == 0, said
+    said = killed_at_random((*words, f"means.folder={tmp_path / 'killed'}"), times=5, seed=5, between=(15, 40))
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     lines = [json.loads(line)["id"] for line in (tmp_path / "killed" / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 8
