@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe.shapes import Bool, Float, Int
 
@@ -145,14 +143,6 @@ class Router(nn.Module):
 def full_precision(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 when the model runs in it: decisions are never taken below float32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"]) -> Float[Tensor, "t E"]:
-    """x @ weight.T in full precision, under autocast too."""
-    device = x.device.type
-    exempt = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with exempt:
-        return F.linear(full_precision(x), full_precision(weight))
 
 
 def best(score: Float[Tensor, "*s E"], k: int) -> Int[Tensor, "*s k"]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens, full_precision, linear
+from moe.routers.base import Router, Routing, Tokens, full_precision
 from moe.shapes import Bool, Float
 
 

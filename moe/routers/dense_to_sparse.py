@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, full_precision, linear
+from moe.routers.base import Router, Routing, Tokens, best, full_precision
 from moe.shapes import Float
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
-from moe.routers.base import Router, Routing, Tokens, full_precision, linear
+from moe.kernels.product import linear
+from moe.routers.base import Router, Routing, Tokens, full_precision
 from moe.routers.comet import Gates, check_selectors, gate_statistics, selector_entropy, smooth_step, uniform
 from moe.shapes import Float
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from moe.choice import Entries
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import ROUTERS, build
-from moe.routers.base import Router, Routing, Tokens, linear
+from moe.routers.base import Router, Routing, Tokens
 from moe.routers.comet import Comet, Gates, gate_statistics, uniform
 from moe.routers.dselect_k import DSelectK
 from moe.shapes import Float, Int

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens, best, linear
+from moe.routers.base import Router, Routing, Tokens, best
 from moe.routers.capacity import Capacity
 from moe.routers.noise import normal
 from moe.shapes import Float

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens, linear
+from moe.routers.base import Router, Routing, Tokens
 from moe.shapes import Float, Int
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, linear
+from moe.routers.base import Router, Routing, Tokens, best
 from moe.shapes import Float
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
+from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, full_precision, linear
+from moe.routers.base import Router, Routing, Tokens, best, full_precision
 from moe.shapes import Bool, Float, Int
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
-from moe.routers.base import Router, Routing, Tokens, best, linear
+from moe.kernels.product import linear
+from moe.routers.base import Router, Routing, Tokens, best
 from moe.routers.expert_choice import LEAK
 from moe.routers.groups import Groups, capacity, expert_rows, groups, most_taken, unrouted
 from moe.routers.losses import statistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -339,6 +340,17 @@ def test_nothing_waits_for_the_device(name, options):
     with Synchronisations() as seen:
         x[tokens.valid].sum().item()
     assert len(seen.found) == 2, "the detector is blind"
+
+
+@every
+def test_no_float32_copy_of_the_tokens_is_kept_for_backward(name, options):
+    router = make(name, options, dtype=torch.float32)
+    x, tokens = make_tokens(20, torch.bfloat16)
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append((tuple(t.shape), t.dtype)), lambda t: t):
+        router(x.requires_grad_(), tokens)
+    # input noise multiplies in float32, and its factors are kept too
+    assert ((20, D), torch.float32) not in kept or "jitter" in options or "input_jitter" in options
 
 
 @pytest.mark.slow  # the compiler takes half a minute

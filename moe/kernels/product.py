@@ -1,0 +1,92 @@
+"""The router's product: float32 weights times tokens of a lower precision, of which no float32 copy is kept.
+
+On a GPU a float32 matrix is the sum of three bfloat16 ones, so that tensor cores multiply it without an error:
+
+    weight = low + middle + high       24 bits of mantissa = 3 x 8
+    x @ weight.T = x @ low.T + x @ middle.T + x @ high.T       one product with the parts stacked, [t, d] x [d, 3E]
+
+Products of bfloat16 numbers are exact in float32, in which they are added up: what is left is the error of the sum, and the
+multiplications of a float32 product round besides. Elsewhere x is cast, forward and again backward, which changes no bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moe.shapes import Float
+
+
+def linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"]) -> Float[Tensor, "t E"]:
+    """x @ weight.T in float32 or better, under autocast too; backward keeps x and the weight as they are given."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return _Linear.apply(x, weight)
+    with _no_autocast(x):
+        return F.linear(x, weight if weight.dtype == torch.float64 else weight.float())
+
+
+def split(x: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bfloat16 matrices, small to large, whose sum is x, but for bits below 2^-133; what is not finite is in the last alone."""
+    high = x.bfloat16()
+    rest = (x - high).nan_to_num_(0, 0, 0)
+    middle = rest.bfloat16()
+    return (rest - middle).bfloat16(), middle, high
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        with _no_autocast(x):
+            weight = weight.float()
+            if not _by_parts(x):
+                return F.linear(x.float(), weight)
+            return _sum(_multiply(x, torch.cat(split(weight)).T), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, by_parts = *ctx.needs_input_grad, _by_parts(x)
+        with _no_autocast(x):
+            parts = split(grad) if by_parts else ()
+            dx = dweight = None
+            if of_x and by_parts:
+                dx = _gradient_of_x(parts, split(weight.float()))
+            elif of_x:
+                dx = (grad @ weight.float()).to(x.dtype)
+            if of_weight and by_parts:
+                dweight = _sum(_multiply(torch.cat(parts, 1).T, x), 0).to(weight.dtype)
+            elif of_weight:
+                dweight = (grad.T @ x.float()).to(weight.dtype)
+        return dx, dweight
+
+
+def _gradient_of_x(grad: tuple[Tensor, Tensor, Tensor], weight: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "t d"]:
+    """grad @ weight from the six products of their parts that float32 can see, small to large, rounded once to bfloat16."""
+    (g_low, g_middle, g_high), (w_low, w_middle, w_high) = grad, weight
+    left = torch.cat([g_low, g_middle, g_high, g_middle, g_high, g_high], 1)
+    return left @ torch.cat([w_high, w_middle, w_low, w_high, w_middle, w_high])
+
+
+def _multiply(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """a @ b of bfloat16 matrices, added up and returned in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
+
+
+def _sum(parts: Tensor, dim: int) -> Tensor:
+    low, middle, high = parts.chunk(3, dim)
+    return low.add(middle).add_(high)
+
+
+def _by_parts(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
