@@ -11,7 +11,7 @@ multiplications of a float32 product round besides. Elsewhere x is cast, forward
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -51,19 +51,14 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        of_x, of_weight, by_parts = *ctx.needs_input_grad, _by_parts(x)
+        of_x, of_weight = ctx.needs_input_grad
         with _no_autocast(x):
-            parts = split(grad) if by_parts else ()
-            dx = dweight = None
-            if of_x and by_parts:
-                dx = _gradient_of_x(parts, split(weight.float()))
-            elif of_x:
-                dx = (grad @ weight.float()).to(x.dtype)
-            if of_weight and by_parts:
-                dweight = _sum(_multiply(torch.cat(parts, 1).T, x), 0).to(weight.dtype)
-            elif of_weight:
-                dweight = (grad.T @ x.float()).to(weight.dtype)
-        return dx, dweight
+            if not _by_parts(x):
+                dx = (grad @ weight.float()).to(x.dtype) if of_x else None
+                return dx, (grad.T @ x.float()).to(weight.dtype) if of_weight else None
+            parts = split(grad)
+            dx = _gradient_of_x(parts, split(weight.float())) if of_x else None
+            return dx, _sum(_multiply(torch.cat(parts, 1).T, x), 0).to(weight.dtype) if of_weight else None
 
 
 def _gradient_of_x(grad: tuple[Tensor, Tensor, Tensor], weight: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "t d"]:
@@ -87,6 +82,6 @@ def _by_parts(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.bfloat16
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def _no_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
