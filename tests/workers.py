@@ -1,4 +1,4 @@
-"""Several ranks in a test for a tenth of a second: processes forked from a server that has torch loaded.
+"""Ranks and command lines in a test for a tenth of a second: processes forked from a server that has torch and moe loaded.
 
 The server never runs an operation (a fork after the first OpenMP region hangs), so tests may use torch freely in the parent.
 """
@@ -6,10 +6,13 @@ The server never runs an operation (a fork after the first OpenMP region hangs),
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +34,10 @@ _PRELOAD = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed._functional_collectives",
     "torch._dynamo",
+    "moe.train.loop",
+    "moe.cli",
+    "moe.engines.ddp",
+    "moe.engines.fsdp2",
 ]
 _GROUP_SECONDS = 30  # a collective that takes longer is a hang
 _CONSEQUENCES = ("still running", "Connection closed", "Connection reset", "Broken pipe")  # told after the causes
@@ -59,9 +66,7 @@ def run_ranks(world: int, function: Callable, *args, timeout: float = 60) -> lis
 
 
 def _run(world: int, function: Callable, *args, timeout: float) -> list:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = _server()
     task = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory(prefix="moe-ranks-") as folder:
         ranks, pipes = [], []
@@ -82,6 +87,67 @@ def _run(world: int, function: Callable, *args, timeout: float) -> list:
                 process.join()
                 process.close()
     return [outcome[1] for outcome in outcomes]
+
+
+def run_command(*words: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m moe WORDS` without the seconds that importing takes; exit code and output are those of a real process."""
+    command = ["moe", *map(str, words)]
+    with tempfile.TemporaryDirectory(prefix="moe-command-") as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        arguments = (command, os.environ | environment, list(sys.path), os.getcwd(), str(out), str(err))
+        process = _server().Process(target=_command, args=arguments)
+        process.start()
+        process.join(timeout)
+        late = process.is_alive()
+        if late:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        code = process.exitcode
+        process.close()
+        if late:
+            raise subprocess.TimeoutExpired(command, timeout, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def _command(words: list[str], environment: dict, path: list, cwd: str, out: str, err: str) -> None:
+    os.setsid()  # so that a late one can be ended with all that it started
+    for number, name, mode in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY | os.O_CREAT), (2, err, os.O_WRONLY | os.O_CREAT)):
+        opened = os.open(name, mode)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
+    _enter(environment, path)
+    os.chdir(cwd)
+    sys.argv = list(words)
+    multiprocessing.current_process().name = "MainProcess"
+    code: object = 0
+    try:
+        runpy.run_module("moe", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(code, str):
+        os.write(2, f"{code}\n".encode())
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _enter(environment: dict, path: list) -> None:
+    """Take the test's environment and path: the server's are those of its first use."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = path
+    importlib.reload(sys.modules["moe.faults"])  # it reads MOE_FAULTS once, when it is imported
+
+
+def _server() -> multiprocessing.context.BaseContext:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[tuple]:
@@ -117,12 +183,9 @@ def _raise_failures(outcomes: list[tuple], ranks: list, folder: Path) -> None:
 
 
 def _rank(rank: int, world: int, folder: str, sender: Connection, task: bytes, environment: dict, path: list, timeout: float) -> None:
-    # the server's environment and path are those of its first use; a test may have changed both since
-    os.environ.clear()
-    os.environ.update(environment)
+    _enter(environment, path)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    sys.path[:] = path
     import torch
     import torch.distributed as dist
 

@@ -15,24 +15,24 @@ from tests.workers import run_ranks
 
 ADAMW = {"optimizer": "adamw", "clip": 0.5, "lr": 1e-2}
 SGD = {"optimizer": "sgd", "clip": None, "lr": 5e-2}
-STEPS = 20
+STEPS = 8
 
 
-def curves(rank, world, cases):
+def curves(rank, world, cases, steps=STEPS):
     runs = []
     for case in cases:
         options = dict(case)
         lr = options.pop("lr")
-        runs.append(train(engine(**options), range(STEPS), lr))
+        runs.append(train(engine(**options), range(steps), lr))
     return runs if rank == 0 else None
 
 
-def compare(worlds, cases, dtype, tolerance):
-    alone = run_ranks(1, curves, [{**rule, "dtype": dtype} for rule in (ADAMW, SGD)])[0]
+def compare(worlds, cases, dtype, tolerance, steps=STEPS):
+    alone = run_ranks(1, curves, [{**rule, "dtype": dtype} for rule in (ADAMW, SGD)], steps)[0]
     reference = dict(zip(("adamw", "sgd"), alone, strict=True))
     for world in worlds:
         wanted = [{**case, "dtype": dtype} for case in cases]
-        for case, run in zip(wanted, run_ranks(world, curves, wanted, timeout=240)[0], strict=True):
+        for case, run in zip(wanted, run_ranks(world, curves, wanted, steps, timeout=240)[0], strict=True):
             assert difference(run, reference[case["optimizer"]]) < tolerance, (world, case)
 
 
@@ -46,7 +46,7 @@ def test_two_and_four_ranks_train_the_model_of_one():
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_every_engine_on_every_number_of_ranks(dtype, tolerance):
     cases = [{**rule, "name": name, "accumulate": n} for rule, name, n in itertools.product((ADAMW, SGD), ("ddp", "fsdp2"), (1, 4))]
-    compare([1, 2, 4], cases, dtype, tolerance)
+    compare([1, 2, 4], cases, dtype, tolerance, steps=20)
 
 
 def scaled(rank, world):

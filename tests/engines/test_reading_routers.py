@@ -47,7 +47,7 @@ def built(kind):
 def curves(rank, world, cases):
     runs = []
     for kind, name, options in cases:
-        runs.append(train(engine(name, built=built(kind), optimizer="sgd", clip=None, **options), range(4), 5e-2))
+        runs.append(train(engine(name, built=built(kind), optimizer="sgd", clip=None, **options), range(3), 5e-2))
     return runs
 
 

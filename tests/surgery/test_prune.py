@@ -121,12 +121,13 @@ def test_in_training_it_draws_the_same_noise_and_knows_the_ranks_and_the_window(
         router.stream, router.total = 77, lambda counts: 3 * counts
     assert torch.equal(routed(among, x).weight, routed(whole, x).weight)
     torch.testing.assert_close(routed(among, x).loss, routed(whole, x).loss)
-    stats = {name: 5 * value for name, value in routed(whole, x).stats.items()} | {"tokens": torch.tensor(5 * T)}
+    # what other tokens did, not a multiple of what these do: noisy_top_k's losses do not change when all sums are scaled
+    stats = routed(whole, 3 * torch.randn(T, D)).stats | {"tokens": torch.tensor(5 * T)}
     without = routed(whole, x).loss
     for router in (whole, among):
         router.window, router.window_stats, router.window_complete = torch.arange(E) * 7, stats, True
     torch.testing.assert_close(routed(among, x).loss, routed(whole, x).loss)
-    assert routed(whole, x).loss != without
+    assert abs(routed(whole, x).loss - without) > 0.01 * abs(without)
     among.narrow([1, 4])
     assert routed(among, x).load(E)[[0, 2, 3, 5]].sum() == 0
 

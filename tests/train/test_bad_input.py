@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.workers import run_command
 
 RECIPE = """
 model: {layers: 1, d_model: 16, heads: 2, moe: {experts: 4, d_expert: 16}}
@@ -28,8 +28,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def train(recipe: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe", "train", str(recipe), f"run.folder={recipe.parent / 'run'}", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment, stdin=subprocess.DEVNULL)
+    return run_command("train", recipe, f"run.folder={recipe.parent / 'run'}", *overrides, **environment)
 
 
 CASES = {

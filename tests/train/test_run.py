@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from moe.checkpoint.weights import load_weights
+from tests.workers import run_command as moe
 
 RECIPE = """
 model: {layers: 2, d_model: 32, heads: 2, moe: {experts: 4, d_expert: 32, router: {name: top_k, k: 2, bias_rate: 0.01, jitter: 0.01}}}
@@ -38,11 +40,6 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def moe(*words: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, stdin=subprocess.DEVNULL)
-
-
 def losses(run: Path) -> dict[int, tuple[float, float]]:
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row}
@@ -57,7 +54,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def whole(recipe: Path, tmp_path_factory) -> Path:
     """A run of two ranks that nothing disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = moe("train", recipe, f"run.folder={run}", "--nproc", "2")
+    command = [sys.executable, "-m", "moe", "train", str(recipe), f"run.folder={run}", "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, done.stderr
     for word in (
         "loss",
@@ -69,6 +67,17 @@ def whole(recipe: Path, tmp_path_factory) -> Path:
         "experts by backend threads: 4 of 32 x 32, 2 a token",
     ):
         assert word in done.stdout
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe: Path, tmp_path_factory) -> Path:
+    """A run of two ranks that SIGTERM stopped after eight steps."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    done = moe("train", recipe, f"run.folder={run}", "--nproc", "2", MOE_FAULTS="term@step=7,rank=1,point=loop/step")
+    assert done.returncode == 75, done.stderr
+    assert "the same command" in done.stderr
+    assert (run / "checkpoints" / "step-00000008").is_dir()
     return run
 
 
@@ -112,23 +121,17 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(recipe: Path, whole:
     assert same_weights(run, whole)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(recipe: Path, whole: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    words = ("train", recipe, f"run.folder={run}", "--nproc", "2")
-    stopped = moe(*words, MOE_FAULTS="term@step=7,rank=1,point=loop/step")
-    assert stopped.returncode == 75, stopped.stderr
-    assert "the same command" in stopped.stderr
-    assert (run / "checkpoints" / "step-00000008").is_dir()
-    done = moe(*words)
+def test_sigterm_saves_and_the_same_command_goes_on(recipe: Path, whole: Path, stopped: Path, tmp_path: Path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    done = moe("train", recipe, f"run.folder={run}", "--nproc", "2")
     assert done.returncode == 0, done.stderr
     assert "going on from step 8" in done.stdout
     assert losses(run) == losses(whole)
     assert same_weights(run, whole)
 
 
-def test_another_number_of_ranks_and_another_engine_go_on(recipe: Path, whole: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    assert moe("train", recipe, f"run.folder={run}", "--nproc", "2", MOE_FAULTS="term@step=9,point=loop/step").returncode == 75
+def test_another_number_of_ranks_and_another_engine_go_on(recipe: Path, whole: Path, stopped: Path, tmp_path: Path):
+    run = shutil.copytree(stopped, tmp_path / "run")
     done = moe("train", recipe, f"run.folder={run}", "engine.name=fsdp2", "parallel.device=cpu")
     assert done.returncode == 0, done.stderr
     alone, together = losses(run), losses(whole)
