@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe.kernels.product import linear
 from moe.model.initialise import stream
 from moe.planner import loads
 from moe.planner.loads import Skew, Trace
 from moe.routers import noise
-from moe.routers.base import Router, Routing, Tokens, linear
+from moe.routers.base import Router, Routing, Tokens
 from moe.shapes import Float
 
 

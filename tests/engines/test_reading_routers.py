@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe.kernels.product import linear
 from moe.model.generate import generate
-from moe.routers.base import Router, Routing, Tokens, best, full_precision, linear
+from moe.routers.base import Router, Routing, Tokens, best, full_precision
 from tests.engines.tiny_job import batch, difference, engine, model, train, whole
 from tests.workers import run_ranks
 
