@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe.kernels import GROUPED_MLP, SORT, autograd
+from moe.kernels import GROUPED_MLP, SORT, autograd, softmax
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.kernels.sort import Sorted
 from moe.kernels.sort import sort as by_torch
@@ -47,6 +48,16 @@ def sort(expert: Int[Tensor, " n"], num_experts: int) -> Sorted:
     if expert.device.type == "cuda" and no_triton(machine("cuda", expert.device.index)) is None:
         return entry(SORT, "triton", "sort")(expert, num_experts)
     return by_torch(expert, num_experts)
+
+
+def loss_and_gradient(
+    logits: Float[Tensor, "t v"], targets: Int[Tensor, " t"], dtype: torch.dtype
+) -> tuple[Float[Tensor, " t"], Float[Tensor, "t v"]]:
+    """`softmax.loss_and_gradient`: in one launch by Triton on a GPU that has it, by torch elsewhere."""
+    device = logits.device
+    if device.type == "cuda" and logits.dtype == torch.float32 and no_triton(machine("cuda", device.index)) is None:
+        return importlib.import_module("moe.kernels.triton_softmax").loss_and_gradient(logits, targets, dtype)
+    return softmax.loss_and_gradient(logits, targets, dtype)
 
 
 def choose(machine: Machine, dtype: torch.dtype, d: int, f: int) -> Choice:

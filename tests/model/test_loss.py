@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe.model import loss as loss_module
 from moe.model.loss import IGNORE, cross_entropy
 
 T, D, V = 37, 12, 29
@@ -85,3 +86,35 @@ def test_bfloat16_gradients_are_not_scaled_by_a_rounded_factor():
     F.cross_entropy(hidden.detach().double() @ exact.T, targets, ignore_index=IGNORE, reduction="sum").mul(scale).backward()
     ratio = (weight.grad.double() * exact.grad).sum() / exact.grad.square().sum()
     assert abs(ratio - 1) < 1.5e-3
+
+
+@pytest.mark.parametrize("at_once", [4 * V, 10**6])
+def test_bfloat16_gradients_are_no_worse_where_products_come_in_float32(at_once, monkeypatch):
+    """What a GPU does, with its products done here by float32 ones: those of bfloat16 numbers are exact in it."""
+    hidden, weight, targets = example(torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    whole = F.cross_entropy(exact[0] @ exact[1].T, targets, ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(whole, exact)
+
+    def errors() -> list[torch.Tensor]:
+        loss = cross_entropy(hidden, weight, targets, at_once)
+        found = torch.autograd.grad(loss, (hidden, weight))
+        return [(loss - whole).abs(), *((a.double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True))]
+
+    before, mm, addmm = errors(), torch.mm, torch.addmm
+    widened = []
+
+    def wide_mm(a, b, out_dtype=None, **given):
+        widened.append(out_dtype)
+        return mm(a, b, **given) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype), **given)
+
+    def wide_addmm(total, a, b, out_dtype, out):
+        widened.append(out_dtype)
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+
+    monkeypatch.setattr(loss_module, "_widens", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    after = errors()
+    assert widened.count(torch.float32) >= 2
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (after, before)
