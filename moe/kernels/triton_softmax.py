@@ -17,7 +17,7 @@ from moe.kernels.softmax import IGNORE
 from moe.kernels.triton_tiles import store, upcast
 from moe.shapes import Float, Int
 
-_BLOCK = 4096  # logits that a program looks at at once
+_BLOCK = 2048  # logits that a program looks at at once
 
 
 def loss_and_gradient(

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, Shape, read
+from moe.kernels.triton_softmax import loss_and_gradient
 from moe.kernels.triton_sort import sort
 from moe.kernels.triton_tiles import tile_map, tiles
 from moe.kernels.tune import problems
@@ -54,8 +55,11 @@ AFFECTED = {  # kernels that differ
     "scaled": ("down_dgrad",),
     "added": ("wgrad",),
 }
-PLANS = {  # kernels on integers, which have no configurations
+PLANS = {  # kernels that have no configurations
     "sort": lambda: sort(torch.empty(65536, dtype=torch.int64, device="meta"), 512),
+    "cross entropy": lambda: loss_and_gradient(
+        torch.empty(64, 151936, device="meta"), torch.empty(64, dtype=torch.int64, device="meta"), torch.bfloat16
+    ),
     "tile map": lambda: tiles(torch.empty(512, dtype=torch.int64, device="meta"), 65536, 128),
 }
 PRODUCTS = ("up", "down", "down_dgrad", "up_dgrad", "wgrad")

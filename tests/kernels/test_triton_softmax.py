@@ -37,7 +37,7 @@ def check(module, logits, targets, dtype=torch.float32):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("t", "v"), [(0, 7), (5, 1), (6, 13), (4, 4096), (4, 9001)])
+@pytest.mark.parametrize(("t", "v"), [(0, 7), (5, 1), (6, 13), (4, 4096), (4, 5001)])
 def test_equals_cross_entropy_in_float64(module, t, v, dtype):
     check(module, *problem(t, v), dtype)
 
