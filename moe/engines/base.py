@@ -90,13 +90,13 @@ class Engine(ABC):
         self.grid = parallelize(model, mesh, recompute=engine.recompute, compile=engine.compile)
         # parameters of which this rank holds a part of the experts
         self.shared_out = {name for name, p in model.named_parameters() if p.shape != self.shapes[name]}
-        layers = [m for m in model.modules() if isinstance(m, MoELayer)]
-        self.dispatchers = [m.dispatcher for m in layers if isinstance(m.dispatcher, AllToAll)]
+        self.layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+        self.dispatchers = [m.dispatcher for m in self.layers if isinstance(m.dispatcher, AllToAll)]
         self.planner = self.owners = None
         if self.grid is not None and mesh.copies is not None and mesh.hardware is not None and mesh.copies.active:
             blocks: Any = model.layers
             self.planner = Planner(blocks, self.grid.get_group("expert"), mesh.copies, mesh.hardware, self.compute, accumulate)
-            for layer in layers:
+            for layer in self.layers:
                 layer.experts.gather.dtype = self.compute  # type: ignore[attr-defined]
             if mesh.copies.owners != "even":
                 self.owners = Owners(self.planner, model, self.grid, mesh.machine_ranks)

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from moe.engines.base import Engine
 from moe.model.experts import Experts
+from moe.model.side_stream import current_stream
 
 _BUCKET_BYTES = 25 * 2**20
 _ALIGN = 16  # elements: a gradient begins where vector instructions and grouped products like it
@@ -107,7 +108,7 @@ class DDP(Engine):
             total += p.grad
             p.grad = None
         if self.last:
-            bucket.missing.remove(p)
+            bucket.arrived(p)
             lane.start()
 
 
@@ -122,7 +123,24 @@ class Bucket:
         for (_, master), piece in zip(pairs, self.pieces, strict=True):
             master.grad = piece
         self.missing: set[Tensor] = set()
+        self.writers: set[Any] = set()  # streams on which gradients of the window's last backward pass were written
         self.work: Any = None
+
+    def arrived(self, p: Tensor) -> None:
+        """The gradient of `p` is ready, once the stream of now has come so far."""
+        self.missing.remove(p)
+        self.writers.add(current_stream(self.sum.device))
+
+    def wait(self) -> None:
+        """Let the stream of now, from which the all-reduce starts, wait for every stream that wrote into this bucket.
+
+        main   ─ gradient of attention ──┐
+        side   ─ gradient of shared experts (the last to arrive; its hook runs here) ─ wait ─ all-reduce
+        """
+        now = current_stream(self.sum.device)
+        for stream in self.writers - {now}:
+            now.wait_stream(stream)
+        self.writers.clear()
 
 
 class Lane:
@@ -137,12 +155,14 @@ class Lane:
         self.started = 0
         for bucket in self.buckets:
             bucket.missing = {p for p, _ in bucket.pairs}
+            bucket.writers.clear()
 
     def start(self, everything: bool = False) -> None:
         """Send the buckets that are full, in their order, whatever that of their gradients: it must be the same on all ranks."""
         for bucket in self.buckets[self.started :] if self.ranks > 1 else ():
             if (bucket.missing or self.late) and not everything:
                 return
+            bucket.wait()
             bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
             self.started += 1
 

@@ -93,6 +93,8 @@ class DeepSpeed(Engine):
         self.zero = engine.zero
         self.rules = Partitioned if self.zero else Optimizers
         super().__init__(model, mesh, engine=engine, optimizer=optimizer, dtype=dtype, **options)
+        for layer in self.layers:
+            layer.beside = None  # DeepSpeed's hooks reduce gradients on the stream on which they run, and wait for no other
         self.cut_over = mesh.dense()
         self.wrapped = self._wrap()
         dist.distributed_c10d._set_pg_timeout(mesh.timeout, self.wrapped.seq_data_parallel_group)

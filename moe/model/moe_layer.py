@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe.model.dispatch import Dispatcher, LocalDispatcher
 from moe.model.experts import Activation, Experts
 from moe.model.layers import FeedForward
+from moe.model.side_stream import Join, SideStream
 from moe.routers import build
 from moe.routers.base import Router, Routing, Tokens
 from moe.shapes import Float, Int
@@ -53,7 +54,7 @@ class MoELayer(nn.Module):
         # The seam through which summaries of experts that live elsewhere come, for routers that read experts.
         self.gather_summary: Callable[[Tensor], Tensor] = lambda summary: summary
         # A stream beside the main one on which shared experts run while tokens travel; None: in turn.
-        self.beside: torch.cuda.Stream | None = None
+        self.beside: SideStream | None = None
         self.experts = Experts(d_model, experts, d_expert, activation=activation, gated=gated, backend=backend)
         for weight in self.experts.parameters():
             nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)
@@ -72,7 +73,7 @@ class MoELayer(nn.Module):
 
     def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
-        shared = None if self.beside is None else self._shared_beside(x)
+        shared = self._shared_beside(x)
         rows, ticket = self.dispatcher.dispatch(x, routing)
         y = self.experts(rows)
         out = self.dispatcher.combine(y, ticket)
@@ -83,7 +84,8 @@ class MoELayer(nn.Module):
         if shared is None:
             return out + self._shared(x)
         assert self.beside is not None
-        torch.cuda.current_stream().wait_stream(self.beside)
+        self.beside.join()
+        self.beside.hand_back(shared)
         return out + shared
 
     def _shared(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
@@ -91,14 +93,13 @@ class MoELayer(nn.Module):
         out = self.shared(x)
         return out if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * out
 
-    def _shared_beside(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
-        assert self.beside is not None
-        main = torch.cuda.current_stream()
-        self.beside.wait_stream(main)
-        with torch.cuda.stream(self.beside):
+    def _shared_beside(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"] | None:
+        if self.beside is None or self.shared is None:
+            return None
+        x = Join.apply(x, self.beside)  # before the routed branch: autograd then comes to it after that branch
+        with self.beside.run():
             out = self._shared(x)
-        x.record_stream(self.beside)  # so that its memory is not given away before the other stream has read it
-        out.record_stream(main)
+        self.beside.lend(x)
         return out
 
     def report(self, routing: Routing, tokens: Tokens) -> Report:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +15,7 @@ from moe.model.attention import Attention
 from moe.model.experts import Experts
 from moe.model.layers import FeedForward
 from moe.model.moe_layer import MoELayer
+from moe.model.side_stream import SideStream
 from moe.model.transformer import Transformer
 from moe.parallel.collectives import total_over_ranks
 from moe.parallel.expert_parallel import AllToAll
@@ -48,9 +48,11 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     if mesh.expert_ranks == 1:
         return None
     grid = mesh.experts()
+    side = SideStream() if mesh.device.type == "cuda" else None
     for number, block in enumerate(blocks):
         if block.moe is not None:
             share_out(block.moe, number, grid, mesh)
+            block.moe.beside = side
     if mesh.copies is not None and mesh.copies.active:
         group = mesh.experts().get_group("expert")  # another one than the tokens': copies travel while tokens do
         home = Home()
@@ -77,8 +79,6 @@ def share_out(layer: MoELayer, number: int, grid: DeviceMesh, mesh: Mesh) -> Non
     for name, p in list(layer.experts.named_parameters()):
         if len(p) == layer.num_experts:  # not yet: layers may share their experts
             setattr(layer.experts, name, nn.Parameter(p.new_empty(here, *p.shape[1:])))
-    if grid.device_type == "cuda" and layer.shared is not None:
-        layer.beside = torch.cuda.Stream()
 
 
 def _materialise(block: Any, group: Any, mesh: Mesh, home: Home) -> None:
