@@ -18,11 +18,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.errors import ConfigError
 from moe.kernels.triton_configs import Config
-from moe.kernels.triton_tiles import Tiles, activate, activation_gradient, load, precision, row_pointer, store, tile_and_column, upcast
+from moe.kernels.triton_tiles import (
+    Tiles,
+    activate,
+    activation_gradient,
+    cut,
+    load,
+    precision,
+    programs,
+    row_pointer,
+    store,
+    store_rows,
+    tile_and_column,
+    upcast,
+)
 from moe.shapes import Float, Int
 
 _SUMMED = 256  # rows of one program of `sum_blocks`
-_HELD = 16  # elements of a product that a thread of `down_dgrad` finishes at once: with 64 of them registers spill
+_HELD = 8  # elements of a product that a thread of `down_dgrad` finishes at once: with 64 registers spill, with 16 one block fills an SM
 
 
 class HiddenGradients(NamedTuple):
@@ -53,7 +66,7 @@ def down_dgrad(
         return out
     down_dgrad_kernel[(slots * columns,)](
         *(grad, index, weight, scale, hidden, weights(down, config), out.hidden, out.weighted, sums),
-        *(tiles.expert, tiles.start, tiles.end, slots, rows, d, f, down.stride(0)),
+        *(tiles.expert, tiles.start, tiles.end, tiles.count, rows, d, f, down.stride(0)),
         CHUNKS=chunks(config),
         GATED=width == 2 * f,
         ACTIVATION=activation,
@@ -76,8 +89,9 @@ def up_dgrad(grad_hidden: Float[Tensor, "n h"], up: Float[Tensor, "E g f d"], ti
     left = grad_hidden
     if isinstance(source, TensorDescriptor):
         left = TensorDescriptor(left, [rows, width], [width, 1], [config.BLOCK_M, config.BLOCK_K])
-    up_dgrad_kernel[(slots * columns,)](
-        *(left, source, out, tiles.expert, tiles.start, tiles.end, slots, width, d, up.stride(0)),
+    up_dgrad_kernel[(programs(config, slots * columns, out.device),)](
+        *(left, source, out, tiles.expert, tiles.start, tiles.end, tiles.count, width, d, up.stride(0)),
+        PERSISTENT=config.persistent,
         EVEN_K=width % config.BLOCK_K == 0,
         **blocks(config, grad_hidden.dtype, d),
     )
@@ -115,7 +129,7 @@ def wgrad(
 def chunks(config: Config) -> int:
     """How many column chunks the last part of `down_dgrad` is cut into."""
     held = config.BLOCK_M * config.BLOCK_N // (32 * config.warps)
-    return min(4, max(1, held // _HELD), config.BLOCK_N // 16)
+    return min(8, max(1, held // _HELD), config.BLOCK_N // 16)
 
 
 def weights(stack: Float[Tensor, "E k n"], config: Config) -> Tensor | TensorDescriptor:
@@ -171,24 +185,6 @@ def multiply(
 
 
 @triton.jit
-def halves(x):
-    """The left and the right half of the columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def cut(x, PARTS: tl.constexpr):
-    """One, two or four blocks of columns."""
-    if PARTS == 1:
-        return (x,)
-    elif PARTS == 2:
-        return halves(x)
-    else:
-        left, right = halves(x)
-        return halves(left) + halves(right)
-
-
-@triton.jit
 def finish(product, first, hidden, grad_hidden, weighted, row, inside, received, factor, f,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -210,18 +206,19 @@ def finish(product, first, hidden, grad_hidden, weighted, row, inside, received,
     return tl.sum(product * activated, 1) * received
 
 
-@triton.jit(do_not_specialize=["slots", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def down_dgrad_kernel(
     grad, index, weight, scale, hidden, down, grad_hidden, weighted, sums, tile_expert, tile_start, tile_end,
-    slots, rows, d, f, expert_stride,
+    tile_count, rows, d, f, expert_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    tile, column = tile_and_column(slots, tl.cdiv(f, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
+    used = tl.load(tile_count)
+    if tl.program_id(0) >= used * tl.cdiv(f, BLOCK_N):
         return
+    tile, column = tile_and_column(tl.program_id(0), used, tl.cdiv(f, BLOCK_N), GROUP_M)
+    expert = tl.load(tile_expert + tile)
     start = tl.load(tile_start + tile)
     row = tl.arange(0, BLOCK_M)
     inside = row < tl.load(tile_end + tile) - start
@@ -257,16 +254,36 @@ def sum_blocks(sums, ends, out, rows, blocks, experts, ROWS: tl.constexpr):
     tl.store(out + row, total, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def up_dgrad_kernel(
-    grad_hidden, up, out, tile_expert, tile_start, tile_end, slots, width, d, expert_stride,
+    grad_hidden, up, out, tile_expert, tile_start, tile_end, tile_count, width, d, expert_stride,
+    PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, column = tile_and_column(slots, tl.cdiv(d, BLOCK_N), GROUP_M)
+    used, columns = tl.load(tile_count), tl.cdiv(d, BLOCK_N)
+    if PERSISTENT:  # see `programs`
+        for program in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
+            up_dgrad_tile(
+                program, used, grad_hidden, up, out, tile_expert, tile_start, tile_end, width, d, expert_stride,
+                4, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UPCAST, PRECISION,
+            )  # fmt: skip
+    elif tl.program_id(0) < used * columns:
+        up_dgrad_tile(
+            tl.program_id(0), used, grad_hidden, up, out, tile_expert, tile_start, tile_end, width, d, expert_stride,
+            1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UPCAST, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def up_dgrad_tile(
+    program, used, grad_hidden, up, out, tile_expert, tile_start, tile_end, width, d, expert_stride,
+    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `up_dgrad`, written in CHUNKS blocks of columns."""
+    tile, column = tile_and_column(program, used, tl.cdiv(d, BLOCK_N), GROUP_M)
     expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
     start = tl.load(tile_start + tile)
     count = tl.load(tile_end + tile) - start
     row = tl.arange(0, BLOCK_M)
@@ -276,9 +293,7 @@ def up_dgrad_kernel(
     product = multiply(
         left, start, up, expert, expert_stride, column, width, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, UPCAST, PRECISION
     )
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (row < count)[:, None] & (n < d)[None, :]
-    store(row_pointer(out, start, d) + row[:, None] * d + n[None, :], product, mask, UPCAST)
+    store_rows(row_pointer(out, start, d), product, None, row, count, column * BLOCK_N, d, CHUNKS, UPCAST)
 
 
 @triton.jit
@@ -288,7 +303,7 @@ def wgrad_kernel(
     EVEN_N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
     GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    block, column = tile_and_column(tl.cdiv(p, BLOCK_M), tl.cdiv(q, BLOCK_N), GROUP_M)
+    block, column = tile_and_column(tl.program_id(0), tl.cdiv(p, BLOCK_M), tl.cdiv(q, BLOCK_N), GROUP_M)
     expert = tl.program_id(1)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
@@ -297,25 +312,33 @@ def wgrad_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # The left tile is loaded transposed, [BLOCK_M, BLOCK_K] with columns side by side in memory: the form that a product takes
+    # from shared memory on every architecture (`a.T` of a loaded tile would pass through registers on sm_80).
     if GATHER_LEFT:
         right = row_pointer(right, start, q) + k[:, None] * q + n[None, :]
     else:
-        left = row_pointer(left, start, p) + k[:, None] * p + m[None, :]
+        left = row_pointer(left, start, p) + k[None, :] * p + m[:, None]
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The index of a step is loaded a step earlier and carried over: no copy of a step waits for a load of the same step, so
+    # copies run ahead of the product by stages - 2 steps (figure: stages = 4).
+    #
+    #     step i        product(i)      cp.async rows(i + 3) at index(i + 3)      load index(i + 4)
+    #     step i + 1    product(i + 1)  cp.async rows(i + 4) at index(i + 4)      load index(i + 5)
+    source = tl.load(index + start + k, mask=start + k < end, other=0)
     for first in range(start, end, BLOCK_K):
         inside = first + k < end  # masks both sides: what lies past the expert's rows may be NaN, and 0 * NaN is NaN
-        source = tl.load(index + first + k, mask=inside, other=0)
-        left_mask = inside[:, None] if EVEN_M else inside[:, None] & (m < p)[None, :]
+        left_mask = inside[None, :] if EVEN_M else inside[None, :] & (m < p)[:, None]
         right_mask = inside[:, None] if EVEN_N else inside[:, None] & (n < q)[None, :]
         if GATHER_LEFT:
-            a = load(row_pointer(left, source, p)[:, None] + m[None, :], left_mask, UPCAST)
+            a = load(row_pointer(left, source, p)[None, :] + m[:, None], left_mask, UPCAST)
             b = load(right, right_mask, UPCAST)
             right += BLOCK_K * q
         else:
             a = load(left, left_mask, UPCAST)
             b = load(row_pointer(right, source, q)[:, None] + n[None, :], right_mask, UPCAST)
             left += BLOCK_K * p
-        product = tl.dot(a.T, b, product, input_precision=PRECISION)
+        source = tl.load(index + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
     out = row_pointer(out, expert, expert_stride) + (block * BLOCK_M).to(tl.int64) * q
     PARTS: tl.constexpr = 4 if ACCUMULATE else 1  # what is added to takes registers too: with all of it at once they spill
     WIDTH: tl.constexpr = BLOCK_N // PARTS

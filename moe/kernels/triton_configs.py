@@ -38,6 +38,7 @@ class Config(NamedTuple):
     stages: int
     group_m: int = 8  # row tiles that take a column of weights one after the other, while it is in the L2 cache
     tma: bool = False  # weights come through tensor descriptors: Hopper and newer
+    persistent: bool = False  # a program a multiprocessor takes tile after tile: `down` and `up_dgrad` alone
 
 
 class Entry(NamedTuple):
@@ -158,12 +159,12 @@ def row(entry: Entry) -> dict[str, Any]:
     """An entry as a table holds it."""
     tile, rest = entry.config[:3], entry.config._asdict()
     keys = {key: value for key, value in entry._asdict().items() if key != "config"}
-    return keys | {"tile": list(tile)} | {key: rest[key] for key in ("warps", "stages", "group_m", "tma")}
+    return keys | {"tile": list(tile)} | {key: rest[key] for key in ("warps", "stages", "group_m", "tma", "persistent")}
 
 
 def _entry(row: dict[str, Any]) -> Entry:
     tile, warps, stages = row["tile"], row["warps"], row["stages"]
-    config = Config(*tile, warps=warps, stages=stages, group_m=row["group_m"], tma=bool(row["tma"]))
+    config = Config(*tile, warps=warps, stages=stages, group_m=row["group_m"], tma=bool(row["tma"]), persistent=bool(row.get("persistent")))
     entry = Entry(row["kernel"], row["arch"], row["itemsize"], row["n"], row["k"], row["rows"], config)
     if entry.kernel not in KERNELS or entry.arch not in SHARED_KIB:
         raise ValueError(f"kernel {entry.kernel!r} of architecture {entry.arch!r} is unknown")

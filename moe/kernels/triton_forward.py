@@ -17,7 +17,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.triton_configs import Config
-from moe.kernels.triton_tiles import Tiles, activate, load, precision, row_pointer, store, tile_and_column, upcast
+from moe.kernels.triton_tiles import (
+    Tiles,
+    activate,
+    halves,
+    load,
+    precision,
+    programs,
+    row_pointer,
+    store,
+    store_rows,
+    tile_and_column,
+    upcast,
+)
 from moe.shapes import Float, Int
 
 _TOGETHER = 8  # rows of a vector that `combine` has under way at once
@@ -33,17 +45,16 @@ def up(
     keep: bool,
 ) -> tuple[Float[Tensor, "p h"], Float[Tensor, "n f"]]:
     """Pre-activations [gate | up] (no rows without `keep`), and act(gate) * up or act(hidden); rows that do not count stay as they were."""
-    (_, gates, f, d), n, slots = weights.shape, len(index), len(tiles.expert)
+    (_, gates, f, d), n = weights.shape, len(index)
     hidden, activated = x.new_empty(n if keep else 0, gates * f), x.new_empty(n, f)
-    stack = _stack(weights.flatten(1, 2), config)
+    slots, columns = len(tiles.expert), triton.cdiv(f, config.BLOCK_N)
     if slots:
-        up_kernel[(slots * triton.cdiv(f, config.BLOCK_N),)](
-            *(x, index, stack, hidden, activated, tiles.expert, tiles.start, tiles.end),
-            *(slots, d, f, weights.stride(0)),
+        up_kernel[(slots * columns,)](
+            *(x, index, _stack(weights, config), hidden, activated, tiles.expert, tiles.start, tiles.end, tiles.count),
+            *(d, f, weights.stride(0)),
             ACTIVATION=activation,
-            GATED=gates == 2,
             KEEP=keep,
-            **_blocks(config, stack, x.dtype, d),
+            **_blocks(config, gates, x.dtype, d),
         )
     return hidden, activated
 
@@ -54,14 +65,14 @@ def down(
     """Each row's output times its weight, in expert order; rows that do not count stay as they were."""
     (_, d, f), slots = weights.shape, len(tiles.expert)
     y = activated.new_empty(len(activated), d)
-    stack = _stack(weights, config)
+    stack, rows = _stack(weights[:, None], config), activated
     if slots:
-        rows = activated
         if isinstance(stack, TensorDescriptor):
             rows = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [config.BLOCK_M, config.BLOCK_K])
-        down_kernel[(slots * triton.cdiv(d, config.BLOCK_N),)](
-            *(rows, weight, stack, y, tiles.expert, tiles.start, tiles.end, slots, f, d, weights.stride(0)),
-            **_blocks(config, stack, activated.dtype, f),
+        down_kernel[(programs(config, slots * triton.cdiv(d, config.BLOCK_N), y.device),)](
+            *(rows, weight, stack, y, tiles.expert, tiles.start, tiles.end, tiles.count, f, d, weights.stride(0)),
+            PERSISTENT=config.persistent,
+            **_blocks(config, 1, activated.dtype, f),
         )
     return y
 
@@ -96,127 +107,137 @@ def _by_vector(index: Int[Tensor, " n"], m: int) -> tuple[Int[Tensor, " n"], Int
     return order, torch.searchsorted(vector, torch.arange(m + 1, device=index.device))
 
 
-def _stack(weights: Float[Tensor, "E n k"], config: Config) -> Tensor | TensorDescriptor:
-    """Stacked matrices as a kernel's argument: a descriptor of BLOCK_N x BLOCK_K tiles, or the tensor where alignment forbids one."""
+def _stack(weights: Float[Tensor, "E g n k"], config: Config) -> Tensor | TensorDescriptor:
+    """Stacked matrices as a kernel's argument: a descriptor of BLOCK_N x BLOCK_K tiles of all halves, or the tensor itself."""
     strides = [stride * weights.element_size() for stride in weights.stride()[:-1]]
     if not config.tma or weights.data_ptr() % 16 or any(stride % 16 for stride in strides):
         return weights
-    return TensorDescriptor(weights, list(weights.shape), list(weights.stride()), [1, config.BLOCK_N, config.BLOCK_K])
+    tile = [1, weights.shape[1], config.BLOCK_N, config.BLOCK_K]
+    return TensorDescriptor(weights, list(weights.shape), list(weights.stride()), tile)
 
 
-def _blocks(config: Config, stack: Tensor | TensorDescriptor, dtype: torch.dtype, contracted: int) -> dict[str, Any]:
-    sizes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "GROUP_M": config.group_m}
-    numbers = {
-        "EVEN_K": contracted % config.BLOCK_K == 0,
-        "TMA": isinstance(stack, TensorDescriptor),
-        "UPCAST": upcast(dtype),
-        "PRECISION": precision(),
-    }
-    return sizes | numbers | {"num_warps": config.warps, "num_stages": config.stages}
+def _blocks(config: Config, gates: int, dtype: torch.dtype, contracted: int) -> dict[str, Any]:
+    sizes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "GROUP_M": config.group_m, "GATES": gates}
+    rules = {"EVEN_K": contracted % config.BLOCK_K == 0, "UPCAST": upcast(dtype), "PRECISION": precision()}
+    return sizes | rules | {"num_warps": config.warps, "num_stages": config.stages}
 
 
 @triton.jit
-def columns(
-    stack, expert, row, first, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+def multiply(
+    left, start, stack, expert, expert_stride, first_row, rows, contracted,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATES: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block [BLOCK_K, BLOCK_N] of an expert's matrix, transposed: of its rows from `row`, entries `first` and on."""
-    if TMA:
-        block = stack.load([expert, row, first]).reshape(BLOCK_N, BLOCK_K).T
-        if UPCAST:
-            block = block.to(tl.float32)
-    else:
-        k = first + tl.arange(0, BLOCK_K)
-        block = load(stack + k[:, None], None if EVEN_K else (k < width)[:, None], UPCAST)
-    return block
+    """Rows at the pointers `left`, or from `start` of a descriptor, times rows first_row to first_row + BLOCK_N of an expert's matrices.
+
+    With a gate (GATES = 2) a step loads a tile of both matrices at once, so that one product of 2 * BLOCK_N columns serves both:
+
+        stack [E, 2, f, d]      box [1, 2, BLOCK_N, BLOCK_K]      product [BLOCK_M, 2 * BLOCK_N] = [ gate | up ]
+
+    The result is float32.
+    """
+    TMA: tl.constexpr = isinstance(stack, tl.tensor_descriptor)
+    WIDTH: tl.constexpr = GATES * BLOCK_N
+    k = tl.arange(0, BLOCK_K)
+    if not TMA:
+        n = tl.arange(0, WIDTH)
+        row = n // BLOCK_N * rows + tl.minimum(first_row + n % BLOCK_N, rows - 1)  # past the last row, that one is read again
+        right = row_pointer(stack, expert, expert_stride) + row[None, :] * contracted + k[:, None]
+    product = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for first in range(0, contracted, BLOCK_K):
+        if isinstance(left, tl.tensor_descriptor):  # rows of the next expert come along; each row of the product is its own
+            a = left.load([start, first])
+            if UPCAST:
+                a = a.to(tl.float32)
+        else:
+            a = load(left, None if EVEN_K else (first + k < contracted)[None, :], UPCAST)
+            left += BLOCK_K
+        if TMA:
+            b = stack.load([expert, 0, first_row, first]).reshape(WIDTH, BLOCK_K).T
+            if UPCAST:
+                b = b.to(tl.float32)
+        else:
+            b = load(right, None if EVEN_K else (first + k < contracted)[:, None], UPCAST)
+            right += BLOCK_K
+        product = tl.dot(a, b, product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
-def matrix_rows(stack, expert, expert_stride, row, rows, width, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """What `columns` reads: pointers to the starts of BLOCK_N of an expert's rows from `row`, the last of `rows` repeated; or `stack`."""
-    if TMA:
-        return stack
-    else:
-        n = tl.minimum(row + tl.arange(0, BLOCK_N), rows - 1)
-        return row_pointer(stack, expert, expert_stride) + n[None, :] * width
-
-
-@triton.jit(do_not_specialize=["slots"])
 def up_kernel(
-    x, index, stack, hidden, activated, tile_expert, tile_start, tile_end, slots, d, f, expert_stride,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    x, index, stack, hidden, activated, tile_expert, tile_start, tile_end, tile_count, d, f, expert_stride,
+    ACTIVATION: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, GATES: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, column = tile_and_column(slots, tl.cdiv(f, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
+    used = tl.load(tile_count)
+    if tl.program_id(0) >= used * tl.cdiv(f, BLOCK_N):
         return
+    tile, column = tile_and_column(tl.program_id(0), used, tl.cdiv(f, BLOCK_N), GROUP_M)
+    expert = tl.load(tile_expert + tile)
     start = tl.load(tile_start + tile)
     row = tl.arange(0, BLOCK_M)
     inside = row < tl.load(tile_end + tile) - start
     source = tl.load(index + start + row, mask=inside, other=0)  # a row that is not inside reads any vector, and writes nothing
     left = row_pointer(x, source, d)[:, None] + tl.arange(0, BLOCK_K)[None, :]
     n = column * BLOCK_N
-    gate_rows = matrix_rows(stack, expert, expert_stride, n, f, d, BLOCK_N, TMA)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GATED:
-        up_rows = matrix_rows(stack, expert, expert_stride, f + n, 2 * f, d, BLOCK_N, TMA)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, d, BLOCK_K):
-        a = load(left, None if EVEN_K else (first + tl.arange(0, BLOCK_K) < d)[None, :], UPCAST)
-        b = columns(gate_rows, expert, n, first, d, BLOCK_N, BLOCK_K, EVEN_K, TMA, UPCAST)
-        gate = tl.dot(a, b, gate, input_precision=PRECISION)
-        if GATED:
-            b = columns(up_rows, expert, f + n, first, d, BLOCK_N, BLOCK_K, EVEN_K, TMA, UPCAST)
-            up = tl.dot(a, b, up, input_precision=PRECISION)
-        left += BLOCK_K
+    product = multiply(left, start, stack, expert, expert_stride, n, f, d, BLOCK_M, BLOCK_N, BLOCK_K, GATES, EVEN_K, UPCAST, PRECISION)
     column_index = n + tl.arange(0, BLOCK_N)
     mask = inside[:, None] & (column_index < f)[None, :]
-    at = row[:, None] * f + column_index[None, :]
-    if KEEP:
-        kept = row_pointer(hidden, start, f * (1 + GATED)) + row[:, None] * (f * (1 + GATED)) + column_index[None, :]
-        store(kept, gate, mask, UPCAST)
-        if GATED:
+    kept = row_pointer(hidden, start, f * GATES) + row[:, None] * (f * GATES) + column_index[None, :]
+    if GATES == 2:
+        gate, up = halves(product)
+        if KEEP:
+            store(kept, gate, mask, UPCAST)
             store(kept + f, up, mask, UPCAST)
-    value = activate(gate, ACTIVATION)
-    if GATED:
-        value *= up
-    store(row_pointer(activated, start, f) + at, value, mask, UPCAST)
+        value = activate(gate, ACTIVATION) * up
+    else:
+        if KEEP:
+            store(kept, product, mask, UPCAST)
+        value = activate(product, ACTIVATION)
+    store(row_pointer(activated, start, f) + row[:, None] * f + column_index[None, :], value, mask, UPCAST)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def down_kernel(
-    activated, weight, stack, y, tile_expert, tile_start, tile_end, slots, f, d, expert_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    activated, weight, stack, y, tile_expert, tile_start, tile_end, tile_count, f, d, expert_stride,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, GATES: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, column = tile_and_column(slots, tl.cdiv(d, BLOCK_N), GROUP_M)
+    used, columns = tl.load(tile_count), tl.cdiv(d, BLOCK_N)
+    if PERSISTENT:  # see `programs`
+        for program in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
+            down_tile(
+                program, used, activated, weight, stack, y, tile_expert, tile_start, tile_end, f, d, expert_stride,
+                4, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, GATES, EVEN_K, UPCAST, PRECISION,
+            )  # fmt: skip
+    elif tl.program_id(0) < used * columns:
+        down_tile(
+            tl.program_id(0), used, activated, weight, stack, y, tile_expert, tile_start, tile_end, f, d, expert_stride,
+            1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, GATES, EVEN_K, UPCAST, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    program, used, activated, weight, stack, y, tile_expert, tile_start, tile_end, f, d, expert_stride,
+    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    GATES: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `down`, written in CHUNKS blocks of columns."""
+    tile, column = tile_and_column(program, used, tl.cdiv(d, BLOCK_N), GROUP_M)
     expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
     start = tl.load(tile_start + tile)
     count = tl.load(tile_end + tile) - start
     row = tl.arange(0, BLOCK_M)
-    if not TMA:
+    left = activated
+    if not isinstance(activated, tl.tensor_descriptor):
         left = row_pointer(activated, start, f) + tl.minimum(row, count - 1)[:, None] * f + tl.arange(0, BLOCK_K)[None, :]
     n = column * BLOCK_N
-    rows = matrix_rows(stack, expert, expert_stride, n, d, f, BLOCK_N, TMA)
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, f, BLOCK_K):
-        if TMA:  # rows of the next expert come along; a row of the product depends on its own alone
-            a = activated.load([start, first])
-            if UPCAST:
-                a = a.to(tl.float32)
-        else:
-            a = load(left, None if EVEN_K else (first + tl.arange(0, BLOCK_K) < f)[None, :], UPCAST)
-            left += BLOCK_K
-        b = columns(rows, expert, n, first, f, BLOCK_N, BLOCK_K, EVEN_K, TMA, UPCAST)
-        product = tl.dot(a, b, product, input_precision=PRECISION)
-    product *= tl.load(weight + start + row, mask=row < count, other=0.0).to(tl.float32)[:, None]
-    column_index = n + tl.arange(0, BLOCK_N)
-    mask = (row < count)[:, None] & (column_index < d)[None, :]
-    store(row_pointer(y, start, d) + row[:, None] * d + column_index[None, :], product, mask, UPCAST)
+    product = multiply(left, start, stack, expert, expert_stride, n, d, f, BLOCK_M, BLOCK_N, BLOCK_K, GATES, EVEN_K, UPCAST, PRECISION)
+    factor = tl.load(weight + start + row, mask=row < count, other=0.0).to(tl.float32)[:, None]
+    store_rows(row_pointer(y, start, d), product, factor, row, count, n, d, CHUNKS, UPCAST)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ if __name__ == "__main__":  # before Triton is imported, and for the workers
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, Shape, read
@@ -66,6 +67,14 @@ PRODUCTS = ("up", "down", "down_dgrad", "up_dgrad", "wgrad")
 # Instructions, by what they are: products on tensor cores or without, copies that run beside them, private memory
 MMA = {80: r"HMMA", 89: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 COUNTED = {"copies": r"LDGSTS|UTMALDG", "local": r"STL|LDL"}
+# The same in PTX, where loops still have names
+PRODUCT = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|fma\.rn\.f32"
+COPY = r"cp\.async\.commit_group|cp\.async\.bulk\.tensor"
+WAIT = r"cp\.async\.wait_group\s+(\d+)"
+UNFINISHED = r"wgmma\.wait_group\.sync\.aligned\s+[1-9]|tcgen05\.mma"  # the product of a step runs on while the next begins
+BUFFERS = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x[\dx]+x(?:bf16|f16|f32)"  # in TTGIR
+ADVICE = r"(?:Potential Performance Loss|warning).*"  # of ptxas: "wgmma.mma_async instructions are serialized due to …"
+PER_SM = {80: (164, 64), 89: (100, 48), 90: (228, 64), 100: (228, 64)}  # KiB of shared memory, 1 of them a block's own; warps
 
 
 class Case(NamedTuple):
@@ -82,8 +91,9 @@ class Case(NamedTuple):
         start = f"sm_{self.arch} {self.kernel}{' ' * bool(self.kind)}{self.kind}"
         if self.config is None:
             return start
-        m, n, k, warps, stages, _, tma = self.config
-        return f"{start} {str(self.dtype).removeprefix('torch.')} {m}x{n}x{k} w{warps} s{stages}{' tma' * tma}"
+        m, n, k, warps, stages, _, tma, persistent = self.config
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{start} {dtype} {m}x{n}x{k} w{warps} s{stages}{' tma' * tma}{' persistent' * persistent}"
 
 
 def cases(table: Path, fast: bool) -> list[Case]:
@@ -112,7 +122,7 @@ def launch(case: Case) -> None:
             problem.prepare(case.config)()
 
 
-def compile(case: Case) -> dict[str, dict[str, int]]:
+def compile(case: Case) -> dict[str, dict[str, Any]]:
     """Figures of each kernel that a case launches."""
     made = {}
 
@@ -132,7 +142,33 @@ def compile(case: Case) -> dict[str, dict[str, int]]:
         launch(case)
     finally:
         JITFunction.run = run
-    return {name: figures(kernel.asm["cubin"], case.arch) | {"shared": kernel.metadata.shared} for name, kernel in made.items()}
+    return {name: figures(kernel, case.arch) for name, kernel in made.items()}
+
+
+def variants(arch: int = 90) -> dict[str, int]:
+    """How many variants of each kernel are compiled for token counts that differ: without one, by Triton's own key.
+
+    The tensors lie in memory, because their addresses are part of the key: a pointer's kernel is compiled for multiples of 16 or not.
+    """
+    keys: dict[str, set[str]] = {}
+
+    def bind_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        *_, binder = self.device_caches[arch]
+        keys.setdefault(f"{self.fn.__name__} {kwargs.get('GATHER_LEFT', '')}".strip(), set()).add(
+            str(binder(*args, **kwargs, debug=False)[1:])
+        )
+
+    run = JITFunction.run
+    JITFunction.run = bind_only
+    absent: Any = _Absent(arch)
+    triton.runtime.driver.set_active(absent)
+    try:
+        for tokens in range(16, 144, 16):  # a slot more each time
+            for problem in problems(Shape(d=32, f=16, experts=3, k=1, tokens=tokens), torch.device("cpu")):
+                problem.prepare(Config(16, 512, 16, 4, 1) if problem.kernel == "combine" else Config(16, 16, 16, 4, 3))()
+    finally:
+        JITFunction.run = run
+    return {name: len(found) for name, found in keys.items()}
 
 
 class _Absent:
@@ -151,8 +187,15 @@ class _Absent:
         return 0
 
 
+def figures(kernel: Any, arch: int) -> dict[str, Any]:
+    """What the compiler's outputs say about a kernel: see `code`, `pipeline`, `blocks`."""
+    found = code(kernel.asm["cubin"], arch) | {"shared": kernel.metadata.shared}
+    found |= pipeline(kernel.asm["ttgir"], kernel.asm["ptx"])
+    return found | {"blocks": blocks(arch, found, kernel.metadata.num_warps), "advice": advice(kernel.asm["ptx"], arch)}
+
+
 @functools.cache
-def figures(cubin: bytes, arch: int) -> dict[str, int]:
+def code(cubin: bytes, arch: int) -> dict[str, int]:
     """Registers of a thread, bytes of stack, and numbers of instructions, by the tools that Triton brings."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -168,7 +211,59 @@ def figures(cubin: bytes, arch: int) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2]), "instructions": len(instructions), "mma": mma, **counts}
 
 
-def faults(case: Case, made: dict[str, dict[str, int]]) -> list[str]:
+def pipeline(ttgir: str, ptx: str) -> dict[str, Any]:
+    """Buffers of a tile in shared memory, steps whose copies are under way while the product loop waits, and the product's shape.
+
+    With 4 buffers on Hopper, step i waits for tile i; copies of two more steps are under way, and the product of step i - 1
+    may still read the fourth buffer (`cp.async.wait_group 4` with two copies a step):
+
+        tile     i - 1         i          i + 1       i + 2
+                 multiplied    awaited    copied      copied        ahead = 2
+    """
+    buffers = min((int(number) for number in re.findall(BUFFERS, ttgir)), default=0)
+    loop = product_loop(ptx)
+    waits = [int(number) for number in re.findall(WAIT, loop)]
+    if waits:
+        ahead = min(waits) // max(len(re.findall(r"cp\.async\.commit_group", loop)), 1)
+    elif re.search(r"cp\.async\.bulk\.tensor", loop):  # by TMA alone: barriers of single buffers, which name no number
+        ahead = buffers - 1 - bool(re.search(UNFINISHED, loop))
+    else:
+        ahead = 0
+    shapes = {shape: int(width) for shape, width in re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n(\d+)k\d+)", loop)}
+    return {"buffers": buffers, "ahead": ahead, "shape": max(shapes, key=lambda shape: shapes[shape], default="")}
+
+
+def product_loop(ptx: str) -> str:
+    """The shortest loop that multiplies and copies; empty if there is none."""
+    lines, labels, loops = ptx.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = i
+        elif (target := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)) and target[1] in labels:
+            loops.append("\n".join(lines[labels[target[1]] : i]))
+    return min((loop for loop in loops if re.search(PRODUCT, loop) and re.search(COPY, loop)), key=len, default="")
+
+
+def blocks(arch: int, found: dict[str, Any], warps: int) -> int:
+    """Thread blocks that a multiprocessor holds at once: by registers (65,536, eight a thread at a time), shared memory and warps."""
+    shared, most_warps = PER_SM[arch]
+    by_registers = 65536 // (-(-max(found["registers"], 1) // 8) * 8 * 32 * warps)
+    return min(by_registers, shared * 1024 // (found["shared"] + 1024), most_warps // warps)
+
+
+@functools.cache
+def advice(ptx: str, arch: int) -> str:
+    """What ptxas warns of."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        suffix = "a" if arch >= 90 else ""
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{suffix}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "; ".join(re.findall(ADVICE, log))
+
+
+def faults(case: Case, made: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with a case, in sentences."""
     wrong = []
     for name, found in made.items():
@@ -179,11 +274,19 @@ def faults(case: Case, made: dict[str, dict[str, int]]) -> list[str]:
             )
         if found["shared"] > SHARED_KIB[case.arch] * 1024:
             wrong.append(f"{name} needs {found['shared'] / 1024:.0f} KiB of shared memory; take fewer stages or a smaller tile")
+        if found["advice"]:
+            wrong.append(f"{name}: ptxas warns: {found['advice']}")
     if case.kernel in PRODUCTS:
         if case.dtype != torch.float32 and not any(found["mma"] for found in made.values()):
             wrong.append(f"no {MMA[case.arch]}: nothing is multiplied on tensor cores")
         if not any(found["copies"] for found in made.values()):
             wrong.append("no asynchronous copy: loads wait for products; are widths known to be multiples of 16?")
+        multiplying = {name: found for name, found in made.items() if found["buffers"]}
+        for name, found in multiplying.items():
+            if found["ahead"] < 1:
+                wrong.append(f"{name} has {found['buffers']} buffers and waits for all copies in every step; take more stages")
+        if not multiplying:
+            wrong.append("no buffer in shared memory: the product loop is not pipelined")
     return [f"{case.name}: {sentence}" for sentence in wrong]
 
 
@@ -194,12 +297,12 @@ def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
         for name in sorted(kernels.keys() | golden.get(case, {}).keys()):
             old, new = golden.get(case, {}).get(name), kernels.get(name)
             if old != new:
-                changed = new and old and ", ".join(f"{key} {old[key]} → {new[key]}" for key in new if old.get(key) != new[key])
+                changed = new and old and ", ".join(f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key])
                 lines.append(f"{case} [{name}]: {changed or ('new' if new else 'gone')}")
     return lines
 
 
-def _compiled(case: Case) -> tuple[str, dict[str, dict[str, int]], list[str]]:
+def _compiled(case: Case) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     try:
         made = compile(case)
     except Exception as error:  # of a compiler: anything
@@ -222,6 +325,8 @@ def main() -> int:
             wrong += complaints
             for kernel, found in kernels.items():
                 print(f"{name} [{kernel}]: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    several = {name: number for name, number in variants().items() if number > 1}
+    wrong += [f"{name}: {number} variants are compiled for 8 token counts; align its pointers" for name, number in several.items()]
     print(*wrong, sep="\n", file=sys.stderr)
     return finish(made, wrong, update=asked.update)
 

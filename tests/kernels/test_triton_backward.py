@@ -83,10 +83,10 @@ def test_gradients_of_hidden_rows_for_every_activation(activation, halves):
     check_down_dgrad([5, 0, 7], activation=activation, halves=halves, scaled=False)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
 def test_gradients_of_hidden_rows_do_not_depend_on_how_a_tile_is_finished(chunks, monkeypatch):
     monkeypatch.setattr(triton_backward, "chunks", lambda config: chunks)
-    check_down_dgrad([5, 0, 7], config=SMALL._replace(BLOCK_N=64), f=80)
+    check_down_dgrad([5, 0, 7], config=SMALL._replace(BLOCK_N=128), f=144)
 
 
 @pytest.mark.parametrize(("d", "f"), [(64, 64), (16, 16), (80, 112)])
@@ -191,6 +191,16 @@ def test_tiles_through_descriptors_give_the_bits_of_tiles_through_pointers():
         of = down_dgrad(grad, hidden, index, weight, None, down, "gelu", cut, config)
         results.append([of.hidden[:24], of.weighted[:24], of.weight, up_dgrad(of.hidden, up, cut, config)[:24]])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_persistent_programs_give_the_bits_of_one_program_a_tile(routing, tma):
+    counts, index, expert = rows_of(ROUTINGS[routing], 2)
+    hidden, up = random(len(index), 48), random(len(counts), 1, 48, 80)
+    cut, config = tiles(counts, len(index), 16), SMALL._replace(tma=tma)
+    one, many = (up_dgrad(hidden, up, cut, config._replace(persistent=persistent)) for persistent in (True, False))
+    assert torch.equal(one[: len(expert)], many[: len(expert)])
 
 
 def test_a_descriptor_is_not_made_of_weights_that_it_cannot_describe():

@@ -71,6 +71,15 @@ def test_a_kernel_without_a_fitting_entry_is_refused_by_name():
         lookup("down", 75, 768, 2048, 512)
 
 
+@pytest.mark.parametrize(("f", "blocks"), [(256, 2), (768, 2), (1024, 2), (1408, 2), (1536, 1), (2048, 1), (14336, 1)])
+def test_narrow_experts_take_tiles_of_which_a_multiprocessor_holds_two(f, blocks):
+    """Over f steps of 64 the end of a tile is a large part of it; a second block multiplies meanwhile."""
+    width = (256, 128)[blocks - 1]
+    down, up_dgrad, up = lookup("down", 90, 2048, f, 512), lookup("up_dgrad", 90, 2048, 2 * f, 512), lookup("up", 90, f, 2048, 512)
+    assert (width, width) == (down.BLOCK_N, up_dgrad.BLOCK_N)
+    assert (64 if f < 724 else 128) == up.BLOCK_N, "its contracted width is the model's: only where columns are few"
+
+
 @pytest.mark.parametrize(("rows", "expected"), [(0, 1), (1, 1), (3, 4), (90, 64), (91, 128), (512, 512), (700, 512), (8192, 8192)])
 def test_rows_fall_into_buckets_by_ratio(rows, expected):
     assert bucket(rows) == expected

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from moe.kernels import triton_forward
 from moe.kernels.triton_configs import Config
-from moe.kernels.triton_tiles import tiles
+from moe.kernels.triton_tiles import programs, tiles
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -155,6 +155,21 @@ def test_experts_may_be_rows_of_a_larger_buffer(gap, tma):
         assert getattr(case, name).stride(0) == buffer.shape[1]
     assert torch.equal(case.check_up(tma=tma)[1], expected[0])
     assert torch.equal(case.check_down(tma), expected[1])
+
+
+@by_descriptor_or_pointer
+@every_routing
+def test_persistent_programs_give_the_bits_of_one_program_a_tile(routing, tma):
+    case = Case(ROUTINGS[routing], dropped=3)
+    one = case.check_down(tma)
+    many = triton_forward.down(case.activated, case.weight, case.tiles, case.down, config(tma)._replace(persistent=True))
+    assert torch.equal(one[: case.kept], many[: case.kept])
+
+
+def test_a_persistent_kernel_has_at_most_a_program_a_multiprocessor():
+    persistent = CONFIG._replace(persistent=True)
+    assert [programs(each, tiles, torch.device(DEVICE)) for each in (CONFIG, persistent) for tiles in (1, 10**6)][:3] == [1, 10**6, 1]
+    assert programs(persistent, 10**6, torch.device(DEVICE)) < 1000
 
 
 def test_weights_that_no_descriptor_can_address_are_read_by_pointer():

@@ -43,11 +43,19 @@ def test_tiles_cover_each_row_that_counts_once_and_no_other(routing, dropped):
     assert [slot for slot in zip(*(t.tolist() for t in found[:3]), strict=True) if slot[0] >= 0] == expected
     assert found.expert[len(expected) :].eq(-1).all()
     assert found.ends.tolist() == torch.tensor(counts).cumsum(0).tolist()
+    assert found.count.item() == len(expected)
+
+
+@pytest.mark.parametrize("rows", range(60, 69))
+def test_the_map_begins_at_multiples_of_16_bytes_whatever_the_number_of_slots(rows):
+    found = tiles(torch.tensor([7, 0, 9], device=DEVICE), rows, 16)
+    pointers = {name: t.data_ptr() % 16 for name, t in found._asdict().items() if isinstance(t, torch.Tensor)}
+    assert set(pointers.values()) == {0}, pointers
 
 
 @triton.jit
 def _order(out, num_tiles, num_columns, GROUP_M: tl.constexpr):
-    tile, column = triton_tiles.tile_and_column(num_tiles, num_columns, GROUP_M)
+    tile, column = triton_tiles.tile_and_column(tl.program_id(0), num_tiles, num_columns, GROUP_M)
     tl.store(out + 2 * tl.program_id(0), tile)
     tl.store(out + 2 * tl.program_id(0) + 1, column)
 
