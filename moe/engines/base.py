@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe.engines import settings
-from moe.engines.optimizer import Optimizers
+from moe.engines.optimizer import Optimizers, squares
 from moe.errors import CheckpointError, ConfigError
 from moe.model.initialise import initial_value
 from moe.model.loss import IGNORE
 from moe.model.moe_layer import MoELayer, Report
+from moe.model.stages import stage
 from moe.model.transformer import Output, Transformer
 from moe.parallel import balance
 from moe.parallel.apply import held, parallelize
@@ -34,7 +35,6 @@ from moe.parallel.mesh import Mesh
 from moe.parallel.reshard import Owner, Owners
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_ROW = 4096
 _MODEL, _OPTIMIZER = "model", "optimizer."
 
 
@@ -154,12 +154,14 @@ class Engine(ABC):
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
                 with self.accumulating(last):
-                    out = self.forward(part, step)
+                    with stage("forward"):
+                        out = self.forward(part, step)
                     auxiliary = sum(report.loss for report in out.reports)
                     reports = balance.add_reports(reports, out.reports)
                     if last and self.planner is not None:
                         self.planner.listen(reports)
-                    self.backward(out.loss / targets + auxiliary / tokens)
+                    with stage("backward"):
+                        self.backward(out.loss / targets + auxiliary / tokens)
                 loss += out.loss.detach()
                 if not (last or self.run_ahead):
                     window.add(out.reports)
@@ -336,8 +338,9 @@ class Engine(ABC):
     def _settle(self, loss: Tensor, reports: list[Report], targets: Tensor, tokens: Tensor, lr: float) -> StepResult:
         """Clip, step and update the routers, or, on every rank alike, skip; all figures travel in one vector."""
         gradients = self.gradients()
-        squares = sum((_squares(g) for g in self.counted(gradients)), torch.zeros_like(loss))
-        figures = sum_ranks(balance.pack(torch.stack([loss, squares]), reports)).cpu()
+        total = sum((squares(g) for g in self.counted(gradients)), torch.zeros_like(loss))
+        with stage("wait for figures"):
+            figures = sum_ranks(balance.pack(torch.stack([loss, total]), reports)).cpu()
         counts = torch.stack([targets, tokens]).cpu()
         norm = figures[1].sqrt()
         totals = balance.unpack(figures[2:], reports)
@@ -377,14 +380,6 @@ class Engine(ABC):
 
 def _targets(batch: Any) -> Tensor:
     return (batch.targets != IGNORE).sum()
-
-
-def _squares(gradient: Tensor) -> Tensor:
-    """Sum of squares in float64 of sums over short rows: float32 over a long row is wrong in the third digit on a CPU."""
-    flat = gradient.reshape(-1)
-    rows, rest = flat[: len(flat) // _ROW * _ROW].view(-1, _ROW), flat[len(flat) // _ROW * _ROW :]
-    norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest)[None]])
-    return norms.double().square().sum()
 
 
 def _fill(name: str, target: Tensor, source: Tensor) -> None:

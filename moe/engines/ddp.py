@@ -13,6 +13,7 @@ from torch import distributed as dist
 from moe.engines.base import Engine
 from moe.model.experts import Experts
 from moe.model.side_stream import current_stream
+from moe.model.stages import stage
 
 _BUCKET_BYTES = 25 * 2**20
 _ALIGN = 16  # elements: a gradient begins where vector instructions and grouped products like it
@@ -163,14 +164,16 @@ class Lane:
             if (bucket.missing or self.late) and not everything:
                 return
             bucket.wait()
-            bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
+            with stage("all-reduce"):
+                bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
             self.started += 1
 
     def finish(self) -> None:
         """Wait until every bucket holds its sum over ranks."""
         self.start(everything=True)
-        for bucket in self.buckets[: self.started]:
-            bucket.work.wait()
+        with stage("all-reduce"):
+            for bucket in self.buckets[: self.started]:
+                bucket.work.wait()
 
 
 def _buckets(pairs: list[tuple[Tensor, Tensor]]) -> list[Bucket]:

@@ -26,6 +26,7 @@ from moe.engines import settings
 from moe.engines.base import Engine
 from moe.engines.optimizer import Optimizers
 from moe.errors import ConfigError
+from moe.model.stages import stage
 from moe.model.transformer import Output, Transformer
 from moe.parallel.collectives import sum_ranks
 from moe.parallel.mesh import Mesh
@@ -59,7 +60,8 @@ class Partitioned(Optimizers):
     def step(self, lr: float) -> None:
         for group in self.rule.param_groups:
             group["lr"] = lr
-        self.wrapped.step()
+        with stage("optimizer"):
+            self.wrapped.step()
         self.steps += 1
 
     def state(self) -> dict[str, Tensor]:

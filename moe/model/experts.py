@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe.kernels import GROUPED_MLP
 from moe.kernels.reference import ExpertWeights, Rows
+from moe.model.stages import Observer
 from moe.routers.base import Router
 from moe.shapes import Float
 from moe.tables import entry
@@ -41,12 +42,17 @@ class Experts(nn.Module):
         self.in_place = False
         # False: pre-activations are computed again in the backward pass.
         self.keep = True
+        self.observer = Observer()
 
     def summarise(self, router: Router) -> Float[Tensor, "E m"] | None:
         """What a router that reads experts wants to know of those at hand."""
         return router.summary(self.up, self.down)
 
     def forward(self, rows: Rows) -> Float[Tensor, "m d"]:
+        with self.observer.stage("experts"):
+            return self._multiply(rows)
+
+    def _multiply(self, rows: Rows) -> Float[Tensor, "m d"]:
         weights = self.gather(ExpertWeights(self.up, self.down))
         dtype = rows.x.dtype
         weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.in_place)

@@ -12,6 +12,7 @@ from moe.model.dispatch import Dispatcher, LocalDispatcher
 from moe.model.experts import Activation, Experts
 from moe.model.layers import FeedForward
 from moe.model.side_stream import Join, SideStream
+from moe.model.stages import Observer
 from moe.routers import build
 from moe.routers.base import Router, Routing, Tokens
 from moe.shapes import Float, Int
@@ -55,6 +56,8 @@ class MoELayer(nn.Module):
         self.gather_summary: Callable[[Tensor], Tensor] = lambda summary: summary
         # A stream beside the main one on which shared experts run while tokens travel; None: in turn.
         self.beside: SideStream | None = None
+        # Who is told of the stages: telemetry gives the layer an observer of its own.
+        self.observer = Observer()
         self.experts = Experts(d_model, experts, d_expert, activation=activation, gated=gated, backend=backend)
         for weight in self.experts.parameters():
             nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)
@@ -68,15 +71,23 @@ class MoELayer(nn.Module):
 
     def route(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         """The decision; a router that reads experts gets its summary of them, gradient included."""
-        summary = self.experts.summarise(self.router)
-        return self.router(x, tokens) if summary is None else self.router(x, tokens, self.gather_summary(summary))
+        see = self.observer
+        with see.stage("route"):
+            summary, x = self.experts.summarise(self.router), see.border(x, "route", None)
+            routing = self.router(x, tokens) if summary is None else self.router(x, tokens, self.gather_summary(summary))
+        return routing._replace(weight=see.border(routing.weight, None, "route"))
 
     def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
+        see = self.observer
         shared = self._shared_beside(x)
-        rows, ticket = self.dispatcher.dispatch(x, routing)
-        y = self.experts(rows)
-        out = self.dispatcher.combine(y, ticket)
+        with see.stage("dispatch"):
+            rows, ticket = self.dispatcher.dispatch(see.border(x, "dispatch", None), routing)
+        see.dispatched(rows)
+        y = self.experts(rows._replace(x=see.border(rows.x, "experts", "dispatch")))
+        with see.stage("combine"):
+            out = self.dispatcher.combine(see.border(y, "combine", "experts"), ticket)
+        out = see.border(out, None, "combine")
         if routing.output_scale is not None:
             out = out * routing.output_scale.to(out.dtype)
         if self.shared is None:

@@ -15,6 +15,7 @@ from moe.model.layers import NORMS, FeedForward, Rotary
 from moe.model.loss import IGNORE, cross_entropy, logits
 from moe.model.moe_layer import MoELayer, Report
 from moe.model.settings import Model, sparse_layers
+from moe.model.stages import stage
 from moe.routers.base import Router, Tokens
 from moe.shapes import Float, Int
 
@@ -79,11 +80,13 @@ class Block(nn.Module):
         return torch.add(x, out.view_as(x), alpha=self.multiplier), self.moe.report(routing, context.tokens)
 
     def _attend(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
-        return self.attention(self.attention_norm(x), context, cache)
+        with stage("attention"):
+            return self.attention(self.attention_norm(x), context, cache)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         assert self.mlp is not None
-        return self.mlp(self.mlp_norm(x))
+        with stage("feed-forward"):
+            return self.mlp(self.mlp_norm(x))
 
     def _run(self, region: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -137,7 +140,8 @@ class Transformer(nn.Module):
         documents = document if self.document_mask else None
         mask = attention_mask(ids.shape[1], ids.shape[1], ids.device, window=self.settings.window, document=documents)
         hidden, reports = self._hidden(ids, position, mask, _tokens(ids, index, valid, step))
-        loss = cross_entropy(hidden.flatten(0, 1), self.unembedding, targets.flatten(), bias=self._head_bias)
+        with stage("loss"):
+            loss = cross_entropy(hidden.flatten(0, 1), self.unembedding, targets.flatten(), bias=self._head_bias)
         return Output(loss, reports)
 
     def predict(self, ids: Int[Tensor, "b s"], caches: list[Cache] | None = None, *, last: int = 1) -> Float[Tensor, "b last v"]:
@@ -174,8 +178,9 @@ class Transformer(nn.Module):
         turns = (None, None) if self.rotary is None else self.rotary(position, x.dtype)
         context = Context(*turns, mask, tokens)
         reports = []
-        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x, report = block(x, context, cache)
+        for number, (block, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
+            with stage(f"layer {number}"):
+                x, report = block(x, context, cache)
             if report is not None:
                 reports.append(report)
         return _scaled(self.norm(x), 1 / self.settings.logits_scaling), reports

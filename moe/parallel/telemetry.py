@@ -20,13 +20,13 @@ from torch import Tensor
 
 from moe.kernels.reference import Rows
 from moe.model.moe_layer import MoELayer
+from moe.model.stages import Observer
 from moe.model.transformer import Transformer
 from moe.parallel.collectives import Sent, recorded
 from moe.parallel.foresight import Planner
 from moe.parallel.fssdp import Materialise
 from moe.parallel.mesh import Mesh
 from moe.parallel.price import flow
-from moe.routers.base import Routing, Tokens
 
 STAGES = ("route", "dispatch", "experts", "combine", "copies")  # copies: packing them, waiting for them, their gradients
 KINDS = ("tokens", "experts", "gradients", "counts")
@@ -66,14 +66,9 @@ class Telemetry:
             self._attach(number, layer)
 
     def _attach(self, number: int, layer: Any) -> None:
-        to, experts = layer.dispatcher, layer.experts
-        layer.route = partial(self._route, number, layer.route)
-        to.dispatch = partial(self._dispatch, number, to.dispatch)
-        to.combine = partial(self._combine, number, to.combine)
-        experts.register_forward_pre_hook(lambda *_: self._begin(number, "experts") if self.watching else None)
-        experts.register_forward_hook(lambda *_: self._end(number, "experts") if self.watching else None)
-        if isinstance(experts.gather, Materialise):
-            experts.gather.clock = partial(self._copies, number)
+        layer.observer = layer.experts.observer = _Clocks(self, number)
+        if isinstance(layer.experts.gather, Materialise):
+            layer.experts.gather.clock = partial(self._copies, number)
 
     @contextmanager
     def watch(self, yes: bool) -> Iterator[None]:
@@ -112,16 +107,6 @@ class Telemetry:
                 pass
             self._note()
 
-    def _mark(self, x: Tensor, end: tuple[int, str] | None, begin: tuple[int, str] | None) -> Tensor:
-        """`x`, whose gradient's arrival ends a stage and begins another."""
-
-        def arrived() -> None:
-            if self.watching:
-                self._end(*end) if end is not None else None
-                self._begin(*begin) if begin is not None else None
-
-        return _Mark.apply(x, arrived)
-
     @contextmanager
     def _copies(self, number: int, back: bool = False) -> Iterator[None]:
         if not self.watching:
@@ -131,34 +116,6 @@ class Telemetry:
         self._begin(number, stage)
         yield
         self._end(number, stage)
-
-    def _route(self, number: int, route: Callable[..., Routing], x: Tensor, tokens: Tokens) -> Routing:
-        if not self.watching:
-            return route(x, tokens)
-        self._begin(number, "route")
-        routing = route(self._mark(x, (number, "route" + _BACK), None), tokens)
-        self._end(number, "route")
-        return routing._replace(weight=self._mark(routing.weight, None, (number, "route" + _BACK)))
-
-    def _dispatch(self, number: int, dispatch: Callable[..., tuple[Rows, Any]], x: Tensor, routing: Routing) -> tuple[Rows, Any]:
-        if not self.watching:
-            return dispatch(x, routing)
-        self._begin(number, "dispatch")
-        rows, ticket = dispatch(self._mark(x, (number, "dispatch" + _BACK), None), routing)
-        self._end(number, "dispatch")
-        if torch.is_grad_enabled() and not in_backward():  # else the same rows are run ahead, or again
-            self.rows[number].append(rows.counts.sum())
-            self.held[number].append(len(rows.counts) - len(self.layers[number].experts.up))
-        return rows._replace(x=self._mark(rows.x, (number, "experts" + _BACK), (number, "dispatch" + _BACK))), ticket
-
-    def _combine(self, number: int, combine: Callable[..., Tensor], y: Tensor, ticket: Any) -> Tensor:
-        if not self.watching:
-            return combine(y, ticket)
-        y = self._mark(y, (number, "combine" + _BACK), (number, "experts" + _BACK))
-        self._begin(number, "combine")
-        out = combine(y, ticket)
-        self._end(number, "combine")
-        return self._mark(out, None, (number, "combine" + _BACK))
 
     def figures(self) -> list[dict[str, Any]]:
         """Of the step before, one a layer, alike on every rank; none if it was not watched. Every rank must call it."""
@@ -218,6 +175,42 @@ class Telemetry:
             "ms": {stage.replace(" ", "_"): round(float(of[stage].mean()), 4) for stage in _COLUMNS[: 2 * len(STAGES)]},
             "bytes": {kind: int(of[f"bytes of {kind}"].sum()) for kind in KINDS},
         }
+
+
+class _Clocks(Observer):
+    """What reads the clock for one layer, forward at the ends of stages and backward where gradients arrive at their borders."""
+
+    def __init__(self, telemetry: Telemetry, number: int) -> None:
+        self.telemetry, self.number = telemetry, number
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with super().stage(name):
+            if not self.telemetry.watching:
+                yield
+                return
+            self.telemetry._begin(self.number, name)
+            yield
+            self.telemetry._end(self.number, name)
+
+    def border(self, x: Tensor, ends: str | None, begins: str | None) -> Tensor:
+        if not self.telemetry.watching:
+            return x
+
+        def arrived() -> None:
+            if self.telemetry.watching:
+                if ends is not None:
+                    self.telemetry._end(self.number, ends + _BACK)
+                if begins is not None:
+                    self.telemetry._begin(self.number, begins + _BACK)
+
+        return _Mark.apply(x, arrived)
+
+    def dispatched(self, rows: Rows) -> None:
+        telemetry, number = self.telemetry, self.number
+        if telemetry.watching and torch.is_grad_enabled() and not in_backward():  # else the same tokens are run ahead, or again
+            telemetry.rows[number].append(rows.counts.sum())
+            telemetry.held[number].append(len(rows.counts) - len(telemetry.layers[number].experts.up))
 
 
 def in_backward() -> bool:
