@@ -22,6 +22,7 @@ from moe.checkpoint.ranks import Ranks
 from moe.checkpoint.reader import Reader, planner, verify
 from moe.checkpoint.writer import Planner, Writer, local, share, stored
 from moe.errors import CheckpointError, ConfigError, MoeError, NoSpace, RankMismatch
+from moe.parallel.deadline import wait_for_device
 from moe.parallel.mesh import Mesh
 
 log = logging.getLogger("moe.checkpoint")
@@ -84,6 +85,8 @@ class Store:
         """
         self.finish()
         state = dict(sorted(state.items()))
+        for device in {tensor.device for tensor in state.values()}:
+            wait_for_device(device)  # here, because a timeout within `together` would be told to ranks that cannot hear it
         self._vote(step, state, scalars)
         mine = share(state, self.ranks.rank, self.ranks.world)
         needed = sum(self.ranks.together(lambda: sum(local(tensor).nbytes for tensor in mine.values())))

@@ -29,6 +29,7 @@ from moe.model.transformer import Output, Transformer
 from moe.parallel import balance
 from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
+from moe.parallel.deadline import to_host
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
 from moe.parallel.mesh import Mesh
@@ -184,7 +185,7 @@ class Engine(ABC):
         for dispatcher in fixed:
             dispatcher.overflowed = None
             dispatcher.check()
-        return run() if overflowed.item() else result
+        return run() if to_host(overflowed).item() else result
 
     def foresight(self) -> list[Any]:
         """What the next placements of experts follow from beside the canonical state, of each group of expert ranks, as JSON.
@@ -240,7 +241,7 @@ class Engine(ABC):
         self.model.eval()
         out = self._fitting(lambda: self.model(*batch, step=step))
         figures = balance.pack(torch.stack([out.loss.double(), _targets(batch).double()]), out.reports)
-        figures = sum_ranks(figures).cpu()
+        figures = to_host(sum_ranks(figures))
         return Evaluated(figures[0], int(figures[1]), balance.unpack(figures[2:], out.reports))
 
     def canonical_state(self) -> dict[str, Tensor]:
@@ -340,10 +341,9 @@ class Engine(ABC):
         gradients = self.gradients()
         total = sum((squares(g) for g in self.counted(gradients)), torch.zeros_like(loss))
         with stage("wait for figures"):
-            figures = sum_ranks(balance.pack(torch.stack([loss, total]), reports)).cpu()
+            figures = to_host(sum_ranks(balance.pack(torch.stack([loss, total]), reports)))
         counts = torch.stack([targets, tokens]).cpu()
-        norm = figures[1].sqrt()
-        totals = balance.unpack(figures[2:], reports)
+        norm, totals = figures[1].sqrt(), balance.unpack(figures[2:], reports)
         applied = math.isfinite(figures[0]) and math.isfinite(norm)
         if applied:
             if self.clip is not None and norm > self.clip:

@@ -99,7 +99,7 @@ class DeepSpeed(Engine):
             layer.beside = None  # DeepSpeed's hooks reduce gradients on the stream on which they run, and wait for no other
         self.cut_over = mesh.dense()
         self.wrapped = self._wrap()
-        dist.distributed_c10d._set_pg_timeout(mesh.timeout, self.wrapped.seq_data_parallel_group)
+        dist.distributed_c10d._set_pg_timeout(mesh.of_groups, self.wrapped.seq_data_parallel_group)
         if self.zero == 3:
             model.predict = partial(_as_forward, model, model.predict)  # type: ignore[method-assign]
         if isinstance(self.optimizers, Partitioned):

@@ -32,7 +32,7 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     """
     if mesh.world > 1:
         # a group of its own: the order of its sums among those of the gradients then does not matter
-        group: Any = dist.new_group(timeout=mesh.timeout)
+        group: Any = dist.new_group(timeout=mesh.of_groups)
         for router in model.routers().values():
             router.total = partial(total_over_ranks, group=group)
     blocks: Any = model.layers

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe.errors import RankMismatch
+from moe.parallel.deadline import to_host
 from moe.parallel.fingerprint import name_ranks
 from moe.parallel.mesh import Mesh
 from moe.shapes import Int
@@ -47,7 +48,7 @@ def check_replicas(mesh: Mesh, state: Mapping[str, Tensor], step: int) -> None:
         for group in groups:
             dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
         same &= (~ends[0] == ends[1]).all()
-    if mesh.agree(not same):
+    if mesh.agree(not to_host(same)):
         _raise(mesh, state, {name: int(d) for digests in mine.values() for name, d in digests.items()}, step)
 
 

@@ -23,6 +23,7 @@ from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
 from moe.kernels.sort import Sorted
 from moe.parallel.collectives import exchange, exchange_into
+from moe.parallel.deadline import to_host
 from moe.parallel.placement import Placement, choices, even
 from moe.routers.base import Routing
 from moe.shapes import Float, Int
@@ -132,7 +133,7 @@ class AllToAll:
 
     def tell(self, counts: Int[Tensor, "r c"]) -> tuple[Tensor, Tensor]:
         """A row of counts to each rank: what went out, and what came in, on the host."""
-        both = torch.stack([counts, self.sealed(counts)]).cpu()
+        both = to_host(torch.stack([counts, self.sealed(counts)]))
         self.check()
         if self.given is not self.placement:
             self.agreed(self.given)
@@ -155,7 +156,7 @@ class AllToAll:
 
     def check(self) -> None:
         """Raise RankMismatch if any rank was out of step since the last check; waits for the device."""
-        seals, self.unchecked = torch.cat(self.unchecked).tolist() if self.unchecked else [], []
+        seals, self.unchecked = to_host(torch.cat(self.unchecked)).tolist() if self.unchecked else [], []
         for number, (digest, calls, own_digest, own_calls) in enumerate(seals):
             if (digest, calls) != (own_digest, own_calls):
                 what = "another placement or layer" if digest != own_digest else f"call {calls}"
@@ -183,7 +184,7 @@ def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
 def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """One vector for all rows of a token that go to the same rank."""
     order, position, counts = by_key
-    kept = order[: int(counts.sum())]
+    kept = order[: int(to_host(counts.sum()))]
     destination = key[kept] // to.now.width
     pair, vector = torch.unique(destination * len(x) + routing.token[kept], return_inverse=True)
     vectors = torch.zeros(to.ranks, dtype=torch.int64, device=x.device).scatter_add_(0, pair // max(len(x), 1), torch.ones_like(pair))

@@ -19,6 +19,7 @@ from moe.kernels.reference import ExpertWeights
 from moe.model.moe_layer import MoELayer, Report
 from moe.parallel import POLICIES
 from moe.parallel.collectives import begin_gathering_counts, gather_counts
+from moe.parallel.deadline import to_host
 from moe.parallel.layout import Copies, Hardware
 from moe.parallel.placement import Placement, owned
 from moe.parallel.policies import Question, add_where_it_pays
@@ -81,7 +82,7 @@ class Planner:
         mine = answer[1] if answer is not None and answer[0] == seal + load.tobytes() else self._mine(load)
         shape = mine.shape
         packed = np.concatenate([np.frombuffer(seal, dtype=np.uint8), np.packbits(mine)])
-        everyone = gather_counts(torch.from_numpy(packed).to(to.device), self.group).cpu().numpy()
+        everyone = to_host(gather_counts(torch.from_numpy(packed).to(to.device), self.group)).numpy()
         if (astray := np.flatnonzero((everyone[:, : len(seal)] != packed[: len(seal)]).any(1))).size:
             raise RankMismatch(
                 f"rank {astray[0]} of the expert group has other owners of experts than rank {to.rank}; start all ranks anew with the "
@@ -112,7 +113,7 @@ class Planner:
     def choose(self, number: int, mine: Tensor) -> Placement:
         """The placement of one call of the layer of this number, in which this rank has `mine` [E] rows for each expert."""
         layer = self.layers[number]
-        load = gather_counts(mine, self.group).cpu().numpy()
+        load = to_host(gather_counts(mine, self.group)).numpy()
         question, ahead, began = self.question(number, load), layer.dispatcher.placement, time.perf_counter()
         placement = self.policy(question._replace(late=True)) if self.copies.chosen == "after" else self.more(question, ahead.holds)
         self.seconds[number] += time.perf_counter() - began
@@ -138,7 +139,7 @@ class Planner:
         if self.hearing is not None:
             (work, everyone, _), self.hearing = self.hearing, None
             work.wait()
-            self.heard = everyone.transpose(0, 1).cpu().numpy()
+            self.heard = to_host(everyone.transpose(0, 1)).numpy()
         assert self.heard is not None
         return self.heard
 

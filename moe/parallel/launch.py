@@ -26,6 +26,19 @@ PARENT = "moe-study-"  # begins the name of a run that a study started; the stud
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # each asks for a checkpoint and an orderly end
 SAVE_SECONDS = 120  # from the request to stop to SIGKILL: a checkpoint must fit
 FAILURE_SECONDS = 10  # for the ranks that survive another one's failure to say what they saw
+# what collectives raise that did not end, or whose connection broke: of gloo, then of NCCL
+_TIMED_OUT = (
+    *("Timed out waiting", "Application timeout"),
+    *("Watchdog caught collective operation timeout", "NCCL communicator was aborted", "retrieving ncclUniqueId"),
+)
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("remote process exited", "ncclRemoteError"),
+)
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: ", perhaps by the system for want of memory",
+    signal.SIGABRT: ", perhaps by NCCL's watchdog because another rank was silent",
+}
 _FOLDER = "MOE_LAUNCH"  # where ranks leave their verdicts; set by `launch` for its ranks
 
 
@@ -65,7 +78,9 @@ def epilogue(code: int) -> NoReturn:
     """
     dist = sys.modules.get("torch.distributed")
     if code == 0 and dist is not None and dist.is_initialized():
-        dist.barrier()
+        from moe.parallel.deadline import meet
+
+        meet()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -208,12 +223,12 @@ def _report(error: BaseException, code: int) -> int:
     """Leave this rank's verdict for the launcher, which prints the one that counts; without a launcher, print it."""
     trace = "" if isinstance(error, MoeError) else "".join(traceback.format_exception(error))
     rank = os.environ.get("RANK", "0")
-    hung = _says(error, "Timed out waiting", "Application timeout")
-    if hung:
-        from moe.parallel.mesh import roll_call
+    hung = isinstance(error, CollectiveTimeout)
+    if _says(error, *_TIMED_OUT):
+        from moe.parallel.deadline import roll_call
 
-        error = CollectiveTimeout(f"a collective in {_place(error)} did not end: {roll_call()}")
-    elif _says(error, "Connection closed by peer", "Connection reset by peer", "Broken pipe"):
+        hung, error = True, CollectiveTimeout(f"a collective in {_place(error)} did not end: {roll_call()}")
+    elif _says(error, *_LOST):
         error = CollectiveTimeout(f"a collective in {_place(error)} lost its connection: another rank died or left")
     if isinstance(error, CollectiveTimeout):
         code, trace = error.exit_code, ""
@@ -249,11 +264,16 @@ def _reason(nproc: int, failures: dict[int, Any], verdicts: list[dict[str, Any]]
     spoken = {verdict["rank"] for verdict in verdicts}
     if hung := _first([verdict for verdict in verdicts if verdict["hung"]]):
         return hung | {"again": True}
-    noticed = min(failure.timestamp for failure in failures.values())
-    for rank, failure in failures.items():
-        ended_later = failure.timestamp > noticed + 2 or failure.exitcode == -signal.SIGTERM  # by the agent, because of the first
-        if rank not in spoken and not ended_later:
-            return passing | {"message": f"rank {rank} {_death(failure.exitcode)}"}
+    noticed = min(failure.timestamp for failure in failures.values())  # those that end later are ended by the agent
+    dead = {r: f.exitcode for r, f in failures.items() if r not in spoken and f.timestamp <= noticed + 2 and f.exitcode != -signal.SIGTERM}
+    aborted = sorted(rank for rank, failure in failures.items() if rank not in spoken and failure.exitcode == -signal.SIGABRT)
+    if len(aborted) > 1 and dead.keys() <= {*aborted}:
+        silent = sorted(set(range(nproc)) - {*aborted} - spoken)
+        others = f"rank {_list(silent)} said nothing" if silent else "each waited for another one"
+        message = f"a collective did not end: ranks {_list(aborted)} were killed by SIGABRT, as NCCL's watchdog does, and {others}"
+        return {"code": CollectiveTimeout.exit_code, "again": True, "message": message}
+    for rank, exitcode in dead.items():
+        return passing | {"message": f"rank {rank} {_death(exitcode)}"}
     reason = _first(verdicts)
     left = set(range(nproc)) - failures.keys() - spoken
     if left and (reason is None or reason["code"] == CollectiveTimeout.exit_code):
@@ -265,9 +285,12 @@ def _reason(nproc: int, failures: dict[int, Any], verdicts: list[dict[str, Any]]
 
 def _death(exitcode: int) -> str:
     if exitcode < 0:
-        hint = ", perhaps by the system for want of memory" if -exitcode == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(-exitcode).name}{hint}"
+        return f"was killed by {signal.Signals(-exitcode).name}{_HINTS.get(-exitcode, '')}"
     return f"ended with exit code {exitcode} and no reason given"
+
+
+def _list(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _says(error: BaseException, *signs: str) -> bool:
@@ -276,10 +299,10 @@ def _says(error: BaseException, *signs: str) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost place of this package that an exception passed through."""
-    package = str(Path(__file__).parents[1])
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
-    return f"{Path(frames[-1].filename).relative_to(package)}:{frames[-1].lineno} ({frames[-1].name})" if len(frames) > 1 else "the program"
+    """The innermost place of this package that an exception passed through, after `run_rank`."""
+    from moe.parallel.deadline import place
+
+    return place(traceback.StackSummary.from_list([f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]))
 
 
 def _line(error: BaseException) -> str:

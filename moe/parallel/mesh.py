@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -24,11 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe import errors
 from moe.errors import ConfigError, MoeError
+from moe.parallel import deadline
 from moe.parallel.layout import Copies, Hardware, Layout
 
-ROLL_CALL_SECONDS = 5  # what a rank may take to answer after a collective has failed
 _ordinal = itertools.count()  # of first_does calls in this process: their keys in the store
-_roll_call: Any = None  # process-wide like torch's default group: the error path has no Mesh at hand
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,11 @@ class Mesh:
         """Whether this is the rank that writes and speaks for all."""
         return self.rank == 0
 
+    @property
+    def of_groups(self) -> timedelta:
+        """The timeout of a process group of this device; of waits it is `timeout`."""
+        return deadline.of_groups(self.timeout, self.device)
+
     def dense(self) -> DeviceMesh:
         """The device mesh of parameters: ("shard",), or ("replicate", "shard") with several replicas."""
         names, shape = ("replicate", "shard"), (self.replicas, self.world // self.replicas)
@@ -69,7 +72,7 @@ class Mesh:
     def _grid(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for name in names:
-            _prepare(mesh.get_group(name), self.timeout, self.device)
+            _prepare(mesh.get_group(name), self.of_groups, self.device)
         return mesh
 
     def agree(self, flag: int) -> int:
@@ -125,9 +128,8 @@ class Mesh:
 def start(layout: Layout) -> Mesh:
     """Join the job that the environment describes (torchrun's variables), or be a world of one rank.
 
-    A process group that exists already is adopted. Every group gets layout.timeout and has exchanged a message on return.
+    A process group that exists already is adopted. Every group gets its timeout and has exchanged a message on return.
     """
-    global _roll_call
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device, timeout = _device(layout, local_rank), timedelta(seconds=layout.timeout)
     if not dist.is_initialized():
@@ -135,29 +137,13 @@ def start(layout: Layout) -> Mesh:
     rank, world = dist.get_rank(), dist.get_world_size()
     control = None
     if world > 1:
-        _prepare(None, timeout, device)
+        _prepare(None, deadline.of_groups(timeout, device), device)
         control = dist.new_group(backend="gloo", timeout=timeout)
         _prepare(control, timeout, torch.device("cpu"))
-        # a group of its own: after a timeout the pairs of the failed group are unusable
-        _roll_call = dist.new_group(backend="gloo", timeout=timeout)
-        dist.monitored_barrier(_roll_call, timeout=timeout)
+        deadline.arm(timeout)
     machine = layout.machine_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     shape = (layout.expert_ranks, layout.exchange, layout.exchange_room, layout.copies, layout.hardware, machine)
     return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control, *shape)
-
-
-def roll_call() -> str:
-    """Who does not answer, in words, after a collective has failed; takes up to ROLL_CALL_SECONDS."""
-    if _roll_call is None:
-        return "no roll was called"
-    try:
-        dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
-    except RuntimeError as error:
-        named = re.search(r"Ranks ([\d, ]+) failed", str(error))
-        if named:
-            return f"no answer from rank {named[1]} within {ROLL_CALL_SECONDS} s"
-        return "the first rank cannot say who is missing" if dist.get_rank() == 0 else "rank 0 does not answer, or knows who does not"
-    return "every rank answers"
 
 
 def _same_error(name: str, message: str) -> Exception:
@@ -195,7 +181,7 @@ def _init(device: torch.device, timeout: timedelta) -> None:
         store=_store(rank, world, timeout),
         rank=rank,
         world_size=world,
-        timeout=timeout,
+        timeout=deadline.of_groups(timeout, device),
         device_id=device if gpu else None,
     )
 
@@ -218,6 +204,6 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store:
 
 
 def _prepare(group: Any, timeout: timedelta, device: torch.device) -> None:
-    """Give a group the job's timeout, and connect its pairs now: gloo would do it in the first collective."""
+    """Give a group a timeout, and connect its pairs now: gloo would do it in the first collective."""
     dist.distributed_c10d._set_pg_timeout(timeout, group)
     dist.all_reduce(torch.ones(1, device=device), group=group)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe.parallel import OWNERS
 from moe.parallel.collectives import exchange, gather_ranks, sum_ranks, total_over_ranks
+from moe.parallel.deadline import to_host
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
 from moe.parallel.placement import even, owned
@@ -66,7 +67,7 @@ class Owners:
         for group in self.groups:
             sum_ranks(mean, group)
             count *= dist.get_world_size(group)
-        load = mean.cpu().numpy() // count
+        load = to_host(mean).numpy() // count
         return self.rule(load, self.now, self.node, self._hidden(load))
 
     def _hidden(self, load: NDArray[np.int64]) -> int:

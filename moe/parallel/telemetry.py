@@ -23,6 +23,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.stages import Observer
 from moe.model.transformer import Transformer
 from moe.parallel.collectives import Sent, recorded
+from moe.parallel.deadline import wait_for_device
 from moe.parallel.foresight import Planner
 from moe.parallel.fssdp import Materialise
 from moe.parallel.mesh import Mesh
@@ -134,8 +135,7 @@ class Telemetry:
     def _sums(self) -> dict[tuple[int, str], float]:
         """Milliseconds of each stage and bytes of each kind of each layer on this rank."""
         sums: dict[tuple[int, str], float] = defaultdict(float)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
+        wait_for_device(self.mesh.device)
         for change, after in zip(self.changes, self.changes[1:], strict=False):
             if change.stage is None:
                 continue

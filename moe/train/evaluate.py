@@ -15,6 +15,7 @@ from moe.data.corpus import Corpus
 from moe.data.loader import Validation
 from moe.model.generate import generate
 from moe.model.transformer import Transformer
+from moe.parallel.deadline import to_host
 from moe.parallel.mesh import Mesh
 from moe.recipe import Recipe
 from moe.routers.base import Routing
@@ -93,7 +94,7 @@ def continuation(
     ids = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.end]], device=device)
     generator = torch.Generator().manual_seed(seed)
     out = generate(model, ids, tokens, temperature=temperature, top_p=top_p, generator=generator)
-    return tokenizer.decode(out[0, ids.shape[1] :].tolist())
+    return tokenizer.decode(to_host(out[0, ids.shape[1] :]).tolist())
 
 
 def changes(before: Bool[Tensor, "t E"], now: Bool[Tensor, "t E"]) -> Float[Tensor, "2"]:
@@ -120,6 +121,6 @@ class Recorder:
     def keep(self, layer: int, router: Any, inputs: Any, routing: Routing) -> None:
         # a table and not a list: some routers give each token as many experts as they like
         chosen = torch.zeros(PROBE_TOKENS, router.num_experts + 1, dtype=torch.bool)
-        token, expert = routing.token.cpu(), routing.expert.cpu()
+        token, expert = to_host(routing.token), routing.expert.cpu()
         chosen[token[token < PROBE_TOKENS], expert[token < PROBE_TOKENS]] = True
         self.chosen[layer] = chosen[:, :-1]

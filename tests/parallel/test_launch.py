@@ -140,6 +140,13 @@ def test_a_hung_rank_is_named_and_the_job_goes_on(tmp_path, rank):
 
 
 @pytest.mark.slow
+def test_ranks_that_a_watchdog_aborts_are_a_timeout_and_the_silent_one_is_named(tmp_path):
+    code, text = Job(tmp_path, ABORTED="1").end()
+    assert code == 7
+    assert text.strip().splitlines()[-1].endswith("ranks 0, 2 were killed by SIGABRT, as NCCL's watchdog does, and rank 1 said nothing")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["0", "1"])
 def test_plain_torchrun_recovers_too(tmp_path, share):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--max-restarts", "1"]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import ConfigError, DataError
-from moe.parallel import mesh as mesh_module
+from moe.parallel import deadline
 from moe.parallel.layout import Layout
 from moe.parallel.mesh import Mesh, start
 from tests.workers import run_ranks
@@ -68,8 +68,8 @@ def absent(rank: int, world: int) -> str:
         time.sleep(3)  # does not answer in time
         said = ""
     else:
-        mesh_module.ROLL_CALL_SECONDS = 1
-        said = mesh_module.roll_call()
+        deadline.ROLL_CALL_SECONDS = 1
+        said = deadline.roll_call()
     dist.destroy_process_group()
     return said or str(mesh.rank)
 
