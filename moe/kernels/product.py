@@ -85,4 +85,9 @@ def _by_parts(x: Tensor) -> bool:
 
 def _no_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
