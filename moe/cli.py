@@ -82,6 +82,27 @@ def train(
 
 
 @app.command()
+def profile(
+    words: Words = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine, as torchrun would.")] = None,
+    warm_up: Annotated[int, typer.Option(min=1, help="Steps before the trace begins.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are traced.")] = 2,
+) -> None:
+    """Train a few steps of a recipe under torch's profiler: time by stage and operator, host waits, and a trace a rank."""
+    from moe.parallel.launch import launch, run_rank
+
+    files, overrides = split(words)
+    recipe = load(files, overrides)
+    if "RANK" in os.environ or nproc is None:
+        from moe.train.profile import profile
+
+        run_rank(lambda: profile(recipe, warm_up, steps))
+    recipe.check_ranks(nproc)
+    options = [f"--warm-up={warm_up}", f"--steps={steps}"]
+    raise typer.Exit(launch([*files, *overrides, *options], nproc, program=("-m", "moe", "profile")))
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of a Hugging Face model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",

@@ -104,6 +104,7 @@ class Log(Settings):
 
     every: PositiveInt = 10  # steps
     stages: bool = True  # where the time of sparse layers goes and what travels, with parallel.expert_ranks above 1
+    profile: list[PositiveInt] = []  # steps that torch's profiler traces, into profile/ of the run's folder, one file a rank
     tensorboard: bool = False
     wandb_project: str | None = None
 
@@ -202,6 +203,11 @@ class Recipe(Settings):
             raise wrong(
                 "data.sequence",
                 f"data.sequence={sequence} is longer than model.context={context}; choose at most {context}, or raise model.context",
+            )
+        if (last := max(self.log.profile, default=0)) > self.train.steps:
+            raise wrong(
+                "log.profile",
+                f"log.profile names step {last}, and the run ends at train.steps={self.train.steps}; name steps that it reaches",
             )
         if self.optimizer.name == "muon" and self.engine.name == "fsdp2":
             raise wrong(

@@ -22,12 +22,12 @@ from moe.errors import ConfigError, NonFinite, Preempted
 from moe.kernels import auto, why
 from moe.kernels.memory import keep_freed_memory
 from moe.model.cost import cost, describe
+from moe.model.stages import stage
 from moe.model.transformer import Transformer
 from moe.parallel.drift import check_replicas
 from moe.parallel.fingerprint import check_agreement
 from moe.parallel.launch import StopSignal
 from moe.parallel.mesh import Mesh, start
-from moe.parallel.telemetry import Telemetry
 from moe.recipe import Recipe
 from moe.tables import entry
 from moe.train.begin import begin
@@ -36,6 +36,7 @@ from moe.train.evaluate import Evaluation
 from moe.train.folder import flatten, open_folder, write_whole
 from moe.train.metrics import Clock, Metrics, row_of
 from moe.train.tune import share_table
+from moe.train.watch import Watch
 
 
 @dataclass
@@ -82,7 +83,7 @@ def train(recipe: Recipe) -> None:
     progress = restore(store, engine, loader, console, recipe)
     metrics = Metrics(folder, recipe.log, first=mesh.first, from_step=progress.step)
     evaluation = Evaluation(recipe, corpus, engine, mesh, folder)
-    telemetry = Telemetry(model, engine.planner, mesh, on=recipe.log.stages)
+    watch = Watch(recipe, engine, mesh, folder, console.say)
     clock = Clock(price.training_flops, recipe.train.dtype, mesh.world, mesh.device)
 
     steps = recipe.train.steps
@@ -91,8 +92,8 @@ def train(recipe: Recipe) -> None:
             lr = learning_rate(recipe.schedule, progress.step, steps, recipe.optimizer.lr)
             faults.point("loop/step", step=progress.step)
             logged = due(progress.step + 1, recipe.log.every, progress.step + 1 in (1, steps))
-            with telemetry.watch(logged):
-                result = engine.step(loader.take(), progress.step, lr)
+            with watch.step(progress.step + 1, logged):
+                result = learn(engine, loader, progress.step, lr)
             progress.advance(result, recipe.train.skip_limit)
             clock.tokens += result.tokens
             store.poll()
@@ -103,7 +104,7 @@ def train(recipe: Recipe) -> None:
             console.advance(step)
             compare_replicas(recipe, mesh, engine, step, saving)
             if logged or not result.applied:
-                row = row_of(result, step=step, lr=lr, model=model, stages=telemetry.figures()) | clock.read() | seen(progress, loader)
+                row = row_of(result, step=step, lr=lr, model=model, stages=watch.figures()) | clock.read() | seen(progress, loader)
                 metrics.write(row)
                 console.step(row)
             if due(step, recipe.evaluate.every, last):
@@ -117,9 +118,15 @@ def train(recipe: Recipe) -> None:
 
     store.finish()
     save_weights(folder / "weights", engine.canonical_state(), mesh)
-    text = evaluation.sample(progress.step)
     metrics.close()
-    console.summary(folder, text)
+    console.summary(folder, evaluation.sample(progress.step))
+
+
+def learn(engine: Any, loader: Loader, step: int, lr: float) -> StepResult:
+    """Learn from the next batch."""
+    with stage("read batch"):
+        batch = loader.take()
+    return engine.step(batch, step, lr)
 
 
 def join(recipe: Recipe) -> Mesh:
