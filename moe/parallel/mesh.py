@@ -161,12 +161,10 @@ def start(layout: Layout) -> Mesh:
     rank, world = dist.get_rank(), dist.get_world_size()
     control = None
     if world > 1:
-        _prepare(None, timeout, device)
+        _prepare(None, deadline.of_groups(timeout, device), device)
         control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
         _prepare(control, timeout, torch.device("cpu"))
-        # a group of its own: after a timeout the pairs of the failed group are unusable
-        _roll_call = dist.new_group(backend="gloo", timeout=timeout, group_desc="roll call")
-        dist.monitored_barrier(_roll_call, timeout=timeout)
+        deadline.arm(timeout)
     machine = layout.machine_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     shape = (layout.expert_ranks, layout.exchange, layout.exchange_room, layout.copies, layout.hardware, machine)
     return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control, *shape)
