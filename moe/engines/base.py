@@ -29,9 +29,9 @@ from moe.model.transformer import Output, Transformer
 from moe.parallel import balance
 from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
-from moe.parallel.deadline import to_host
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
+from moe.parallel.host_copy import to_host
 from moe.parallel.mesh import Mesh
 from moe.parallel.reshard import Owner, Owners
 
@@ -166,6 +166,8 @@ class Engine(ABC):
                 loss += out.loss.detach()
                 if not (last or self.run_ahead):
                     window.add(out.reports)
+        if self.planner is not None:
+            self.planner.think()  # unless the backward pass of copies has asked already
         return loss, reports or []
 
     def _fitting(self, run: Callable[[], Any]) -> Any:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from moe.errors import CollectiveTimeout
 
 ROLL_CALL_SECONDS = 5  # what a rank may take to answer after a collective has failed
+_WAITING = ("deadline.py", "host_copy.py")
 _SPIN_SECONDS = 0.001  # of asking without a pause; later pauses are a share of what was waited already, so that no step gets longer
 _roll_call: Any = None  # process-wide like torch's default group: the error path has no Mesh at hand
 _limit: float | None = None  # seconds; None alone, where no other rank can be waited for
@@ -55,18 +55,16 @@ def of_groups(timeout: timedelta, device: torch.device) -> timedelta:
     return 2 * timeout + timedelta(seconds=60) if device.type == "cuda" else timeout
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy of `x` in the host's memory (`x` itself if it is there), for which the host waits no longer than `parallel.timeout`.
+def wait_for_device(device: torch.device) -> None:
+    """Wait, but no longer than `parallel.timeout`, until everything is done that was started on the stream of now."""
+    wait(mark(device))
+
+
+def wait(done: Callable[[], bool] | None) -> None:
+    """Wait until `done`, a mark on a device, says so, but no longer than `parallel.timeout`.
 
     Raises CollectiveTimeout with the name of the silent rank.
     """
-    wait_for_device(x.device)
-    return x.cpu()
-
-
-def wait_for_device(device: torch.device) -> None:
-    """Wait, but no longer than `parallel.timeout`, until everything is done that was started on the stream of now."""
-    done = _mark(device)
     if done is None:
         return
     began = time.monotonic()
@@ -79,7 +77,7 @@ def wait_for_device(device: torch.device) -> None:
             time.sleep(min(waited / 200, 0.01))
 
 
-def _mark(device: torch.device) -> Callable[[], bool] | None:
+def mark(device: torch.device) -> Callable[[], bool] | None:
     """Whether `device` has come as far as it was asked to by now; None on a CPU, where everything is over when it returns."""
     if device.type != "cuda":
         return None
@@ -103,7 +101,7 @@ def roll_call() -> str:
 
 
 def place(frames: traceback.StackSummary) -> str:
-    """The innermost place of this package outside this file, in words."""
+    """The innermost place of this package outside the files that wait for others, in words."""
     package = str(Path(__file__).parents[1])
-    ours = [frame for frame in frames if frame.filename.startswith(package) and frame.filename != __file__]
+    ours = [frame for frame in frames if frame.filename.startswith(package) and Path(frame.filename).name not in _WAITING]
     return f"{Path(ours[-1].filename).relative_to(package)}:{ours[-1].lineno} ({ours[-1].name})" if ours else "the program"

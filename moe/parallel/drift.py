@@ -19,8 +19,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe.errors import RankMismatch
-from moe.parallel.deadline import to_host
 from moe.parallel.fingerprint import name_ranks
+from moe.parallel.host_copy import to_host
 from moe.parallel.mesh import Mesh
 from moe.shapes import Int
 

@@ -23,7 +23,7 @@ from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
 from moe.kernels.sort import Sorted
 from moe.parallel.collectives import exchange, exchange_into
-from moe.parallel.deadline import to_host
+from moe.parallel.host_copy import to_device, to_host
 from moe.parallel.placement import Placement, choices, even
 from moe.routers.base import Routing
 from moe.shapes import Float, Int
@@ -52,12 +52,20 @@ class Places(NamedTuple):
     keys: Int[Tensor, "e n"]  # rank * width + place of the expert there, of each of them
 
 
+class Told(NamedTuple):
+    """Counts of one call by rank."""
+
+    out: Int[Tensor, "r c"]  # to each rank, on the host
+    came: Int[Tensor, "r c"]  # from each, on the host
+    there: Int[Tensor, "r c"]  # from each, on the device
+
+
 class AllToAll:
     """The dispatcher of a layer whose experts are shared out over `group`.
 
-    how: "rows" sends a token to a rank once for each of its experts there, "tokens" only once; both wait for the device,
-    because the host has to know how many. "fixed" sends buffers of a fixed size and does not wait; what finds no room is lost,
-    and `overflowed` says so: a step that saw it is void, and has to be run again with `exact` set.
+    how: "rows" sends a token to a rank once for each of its experts there, "tokens" only once; both wait for the device once
+    a call, in `tell`, because the host has to know how many. "fixed" sends buffers of a fixed size and does not wait; what finds
+    no room is lost, and `overflowed` says so: a step that saw it is void, and has to be run again with `exact` set.
     room: of "fixed", size of a buffer as a multiple of a rank's even share.
     """
 
@@ -105,8 +113,8 @@ class AllToAll:
             _digest((self.layer, placement.digest, self.how, self.room)),
             len(held[self.rank]),
             width,
-            torch.tensor(number, device=self.device),
-            torch.tensor([row + [0] * (max(number) - len(row)) for row in keys], device=self.device),
+            to_device(number, self.device),
+            to_device([row + [0] * (max(number) - len(row)) for row in keys], self.device),
         )
 
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, Route]:
@@ -131,77 +139,104 @@ class AllToAll:
     def combine(self, y: Float[Tensor, "m d"], ticket: Route) -> Float[Tensor, "t d"]:
         return _Homeward.apply(y, ticket)
 
-    def tell(self, counts: Int[Tensor, "r c"]) -> tuple[Tensor, Tensor]:
-        """A row of counts to each rank: what went out, and what came in, on the host."""
-        both = to_host(torch.stack([counts, self.sealed(counts)]))
-        self.check()
+    def tell(self, counts: Int[Tensor, "r c"]) -> Told:
+        """A row of counts to each rank: what went out, and what came in. Waits for the device: the one wait of a call."""
+        sent = self._with_seal(counts)
+        came = exchange(sent, [1] * self.ranks, [1] * self.ranks, self.group, "counts")
+        out, theirs = to_host(torch.stack([sent, came])).unbind()
+        for rank, (digest, calls) in enumerate(theirs[:, -2:].tolist()):
+            self.check([rank, digest, calls, self.now.digest, self.calls])
         if self.given is not self.placement:
             self.agreed(self.given)
-        return both[0], both[1]
+        return Told(out[:, :-2], theirs[:, :-2], came[:, :-2])
 
     def by_rank(self, counts: Int[Tensor, " n"]) -> Int[Tensor, "r E"]:
         """Counts by place as a row for each rank, as long under any placement: ranks with different ones have to hear of it."""
         return pad(counts.view(self.ranks, self.now.width), (0, self.num_experts - self.now.width))
 
     def sealed(self, rows: Int[Tensor, "r c"]) -> Int[Tensor, "r c"]:
-        """A row of integers from each rank for one to each, still on the device.
-
-        A digest of placement, layer and call goes along, for `check`: ranks out of step would compute wrong numbers silently.
-        """
-        self.calls += 1
-        seal = torch.tensor([self.now.digest, self.calls], device=rows.device).expand(self.ranks, 2)
-        theirs = exchange(torch.cat([rows, seal], 1), [1] * self.ranks, [1] * self.ranks, self.group, "counts")
-        self.unchecked.append(torch.cat([theirs[:, -2:], seal], 1))
+        """A row of integers from each rank for one to each, still on the device; for the seals that come along see `astray`."""
+        sent = self._with_seal(rows)
+        theirs = exchange(sent, [1] * self.ranks, [1] * self.ranks, self.group, "counts")
+        self.unchecked.append(torch.cat([theirs[:, -2:], sent[:, -2:]], 1))
         return theirs[:, :-2]
 
-    def check(self) -> None:
-        """Raise RankMismatch if any rank was out of step since the last check; waits for the device."""
-        seals, self.unchecked = to_host(torch.cat(self.unchecked)).tolist() if self.unchecked else [], []
-        for number, (digest, calls, own_digest, own_calls) in enumerate(seals):
-            if (digest, calls) != (own_digest, own_calls):
-                what = "another placement or layer" if digest != own_digest else f"call {calls}"
-                raise RankMismatch(
-                    f"rank {number % self.ranks} of the expert group sends tokens for {what} where rank {self.rank} is at call "
-                    f"{own_calls}; ranks must run the same layers in the same order: start all of them anew with the same recipe"
-                )
+    def _with_seal(self, rows: Int[Tensor, "r c"]) -> Int[Tensor, "r c+2"]:
+        """The rows, and behind each a digest of placement and layer, and the number of the call.
+
+        Ranks out of step would compute wrong numbers silently. Fills take their value along with the launch, so nothing waits.
+        """
+        self.calls += 1
+        return torch.cat([rows, rows.new_full((self.ranks, 1), self.now.digest), rows.new_full((self.ranks, 1), self.calls)], 1)
+
+    def astray(self) -> Int[Tensor, "5"]:
+        """What `check` has to look at for all calls since the last time, on the device."""
+        seals = torch.cat(self.unchecked) if self.unchecked else torch.zeros(1, 4, dtype=torch.int64, device=self.device)
+        self.unchecked = []
+        first = (seals[:, :2] != seals[:, 2:]).any(1).int().argmax(0, keepdim=True)  # 0 if none differs
+        return torch.cat([first, seals.index_select(0, first)[0]])
+
+    def check(self, seal: Sequence[int] | None = None) -> None:
+        """Raise RankMismatch if `seal` is of a rank out of step: its number, its digest and calls, and this rank's.
+
+        Without one, that of `astray` is read: waits for the device.
+        """
+        number, digest, calls, own_digest, own_calls = to_host(self.astray()).tolist() if seal is None else seal
+        if (digest, calls) != (own_digest, own_calls):
+            what = "another placement or layer" if digest != own_digest else f"call {calls}"
+            raise RankMismatch(
+                f"rank {number % self.ranks} of the expert group sends tokens for {what} where rank {self.rank} is at call "
+                f"{own_calls}; ranks must run the same layers in the same order: start all of them anew with the same recipe"
+            )
 
 
 def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
     """One vector a row."""
     order, position, counts = by_key
-    out, came = to.tell(to.by_rank(counts))
-    send, receive = out.sum(1).tolist(), came.sum(1).tolist()
+    told = to.tell(to.by_rank(counts))
+    send, receive = told.out.sum(1).tolist(), told.came.sum(1).tolist()
     token, slots = routing.token[order[: sum(send)]], None
     if routing.fan_out is not None:  # drops, which sort last, become "none"
         slots = position.clamp(max=sum(send)).view(-1, routing.fan_out)
     route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
     to.leaving()
     x, values = _Outward.apply(x, _values(routing, order[: sum(send)]), route, send, receive)
-    into, place, held = sort(_experts(came, x.device), to.now.width)
+    into, place, held = sort(_experts(told.there, sum(receive)), to.now.width)
     return _rows(x, into, values, held, place[:, None], routing), route
 
 
 def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
-    """One vector for all rows of a token that go to the same rank."""
+    """One vector for all rows of a token that go to the same rank.
+
+    Vectors are numbered by (destination, token). All rows are looked at, drops too, because how many there are is not known yet:
+
+        table[destination, token]     1 where the token has a row for that rank; drops have a row of the table of their own
+        running sum of it, less 1     the number of that vector
+    """
     order, position, counts = by_key
-    kept = order[: int(to_host(counts.sum()))]
-    destination = key[kept] // to.now.width
-    pair, vector = torch.unique(destination * len(x) + routing.token[kept], return_inverse=True)
-    vectors = torch.zeros(to.ranks, dtype=torch.int64, device=x.device).scatter_add_(0, pair // max(len(x), 1), torch.ones_like(pair))
-    out, came = to.tell(torch.cat([to.by_rank(counts), vectors[:, None]], 1))
-    send, receive = out[:, -1].tolist(), came[:, -1].tolist()
-    slots = _distinct(vector, position, routing.fan_out, len(pair))
-    route = Route(pair % max(len(x), 1), slots, len(x), send, receive, to.group, returned=to.returned)
-    rows_out, rows_in = out[:, :-1].sum(1), came[:, :-1].sum(1)
+    ranks, tokens = to.ranks, max(len(x), 1)
+    destination = key[order] // to.now.width  # `ranks` for drops, which sort last
+    pair = destination * tokens + routing.token[order]
+    table = pair.new_zeros((ranks + 1) * tokens).scatter_(0, pair, 1)
+    vector = (table.cumsum(0) - 1)[pair]
+    vectors = table.view(ranks + 1, tokens)[:ranks].sum(1)
+    told = to.tell(torch.cat([to.by_rank(counts), vectors[:, None]], 1))
+    send, receive = told.out[:, -1].tolist(), told.came[:, -1].tolist()
+    rows_out, rows_in = told.out[:, :-1].sum(1).tolist(), told.came[:, :-1].sum(1).tolist()
+    kept = order[: sum(rows_out)]
+    vector, destination = vector[: len(kept)], destination[: len(kept)]
+    slots = _distinct(vector, position, routing.fan_out, sum(send))
+    token = vector.new_empty(sum(send)).scatter_(0, vector, routing.token[kept])
+    route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
     to.leaving()
     mine = vector - (vectors.cumsum(0) - vectors)[destination]  # which of the vectors that its rank gets
-    among = mine.new_empty(int(rows_in.sum()))
-    work = exchange_into(among, mine, rows_out.tolist(), rows_in.tolist(), to.group, "counts")
-    x, values = _Outward.apply(x, _values(routing, kept), route, rows_out.tolist(), rows_in.tolist())
+    among = mine.new_empty(sum(rows_in))
+    work = exchange_into(among, mine, rows_out, rows_in, to.group, "counts")
+    x, values = _Outward.apply(x, _values(routing, kept), route, rows_out, rows_in)
     work.wait()
-    before = torch.tensor([sum(receive[:i]) for i in range(to.ranks)])
-    index = among + before.repeat_interleave(rows_in).to(x.device)
-    into, _, held = sort(_experts(came[:, :-1], x.device), to.now.width)
+    came, arrived = told.there[:, :-1], told.there[:, -1]
+    index = among + _repeated(arrived.cumsum(0) - arrived, came.sum(1), sum(rows_in))
+    into, _, held = sort(_experts(came, sum(rows_in)), to.now.width)
     return _rows(x, index[into], values[into], held, None, routing), route
 
 
@@ -246,9 +281,14 @@ def _rows(x: Tensor, index: Tensor, values: Tensor, counts: Tensor, slots: Tenso
     return Rows(x, index, values[:, 0], counts, slots, None if routing.gradient_scale is None else values[:, 1])
 
 
-def _experts(came: Int[Tensor, "r w"], device: torch.device) -> Int[Tensor, " n"]:
-    """The expert, by its place here, of each row that came; `came` counts by source and place, on the host."""
-    return torch.arange(came.shape[1]).repeat(len(came)).repeat_interleave(came.flatten()).to(device, non_blocking=True)
+def _experts(came: Int[Tensor, "r c"], total: int) -> Int[Tensor, " n"]:
+    """The expert, by its place here, of each of the `total` rows that came; `came` counts by source and place."""
+    return _repeated(torch.arange(came.shape[1], device=came.device).repeat(len(came)), came.flatten(), total)
+
+
+def _repeated(values: Int[Tensor, " m"], times: Int[Tensor, " m"], total: int) -> Int[Tensor, " n"]:
+    """values[i] times[i] times each; told their sum, the device need not be asked."""
+    return values.repeat_interleave(times, output_size=total)
 
 
 def _distinct(vector: Tensor, position: Tensor, fan_out: int | None, none: int) -> Int[Tensor, "t k"] | None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,19 @@ from moe.kernels.reference import ExpertWeights
 from moe.model.moe_layer import MoELayer, Report
 from moe.parallel import POLICIES
 from moe.parallel.collectives import begin_gathering_counts, gather_counts
-from moe.parallel.deadline import to_host
+from moe.parallel.host_copy import Pending, begin_to_host, to_device, to_host
 from moe.parallel.layout import Copies, Hardware
 from moe.parallel.placement import Placement, owned
 from moe.parallel.policies import Question, add_where_it_pays
 from moe.parallel.price import Price, unseen
 from moe.tables import entry
+
+
+class Answer(NamedTuple):
+    """Ranks' shares of the placements of a step, each behind a digest of the owners: bytes on their way to the host."""
+
+    everyone: Pending  # uint8 [ranks, bytes]
+    mine: Tensor  # uint8 [bytes], on the host
 
 
 class Planner:
@@ -48,8 +55,8 @@ class Planner:
         self.prices = [_price(block, block.moe, copies, hardware, compute) for block in sparse]
         self.seen: deque[NDArray[np.int64]] = deque(maxlen=copies.window)  # [layers, ranks, E] of each step that was applied
         self.heard: NDArray[np.int64] | None = None
-        self.hearing: tuple[Any, Tensor, Tensor] | None = None  # work, what comes, what goes
-        self.answer: tuple[bytes, NDArray[np.bool_]] | None = None  # to a question, which is told by its owners and loads
+        self.hearing: Pending | None = None  # loads of all ranks [ranks, layers, E] on their way to the host
+        self.answer: tuple[NDArray[np.int64], Answer] | None = None  # to the loads it is for; other owners void it, on all ranks alike
         self.held: list[NDArray[np.bool_]] = [layer.dispatcher.placement.holds for layer in self.layers]  # [ranks, E]: foreseen last
         home = getattr(self.layers[0].experts.gather, "home", None) if self.layers else None
         if home is not None:
@@ -77,19 +84,25 @@ class Planner:
         differ in owners: they would die without a word.
         """
         to: Any = self.layers[0].dispatcher
-        seal = self._owners()
         answer, self.answer = self.answer, None
-        mine = answer[1] if answer is not None and answer[0] == seal + load.tobytes() else self._mine(load)
-        shape = mine.shape
-        packed = np.concatenate([np.frombuffer(seal, dtype=np.uint8), np.packbits(mine)])
-        everyone = to_host(gather_counts(torch.from_numpy(packed).to(to.device), self.group)).numpy()
+        told = answer[1] if answer is not None and np.array_equal(answer[0], load) else self._tell(load)
+        everyone, packed, seal = told.everyone.read().numpy(), told.mine.numpy(), self._owners()
         if (astray := np.flatnonzero((everyone[:, : len(seal)] != packed[: len(seal)]).any(1))).size:
             raise RankMismatch(
                 f"rank {astray[0]} of the expert group has other owners of experts than rank {to.rank}; start all ranks anew with the "
                 f"same recipe and the same versions of everything"
             )
-        holds = [np.unpackbits(bits, count=mine.size).reshape(shape).astype(np.bool_) for bits in everyone[:, len(seal) :]]
+        shape = (-(-len(self.layers) // to.ranks), to.ranks, to.num_experts)
+        holds = [np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(np.bool_) for bits in everyone[:, len(seal) :]]
         return [holds[number % to.ranks][number // to.ranks] for number in range(len(self.layers))]
+
+    def _tell(self, load: NDArray[np.int64]) -> Answer:
+        """Choose this rank's share of the placements for `load`, and begin to exchange the ranks' shares."""
+        mine = np.packbits(self._mine(load))
+        packed = torch.from_numpy(np.concatenate([np.frombuffer(self._owners(), dtype=np.uint8), mine]))
+        sent = to_device(packed, self.layers[0].dispatcher.device)
+        work, everyone = begin_gathering_counts(sent, self.group)
+        return Answer(begin_to_host(everyone, after=work, reads=sent), packed)
 
     def _mine(self, load: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Who is to hold what of every layer that is this rank's to choose, and nobody of a rest [layers / ranks, ranks, E]."""
@@ -113,7 +126,7 @@ class Planner:
     def choose(self, number: int, mine: Tensor) -> Placement:
         """The placement of one call of the layer of this number, in which this rank has `mine` [E] rows for each expert."""
         layer = self.layers[number]
-        load = to_host(gather_counts(mine, self.group)).numpy()
+        load = to_host(gather_counts(mine, self.group)).numpy()  # a wait a call, which asking after the routers implies
         question, ahead, began = self.question(number, load), layer.dispatcher.placement, time.perf_counter()
         placement = self.policy(question._replace(late=True)) if self.copies.chosen == "after" else self.more(question, ahead.holds)
         self.seconds[number] += time.perf_counter() - began
@@ -132,23 +145,26 @@ class Planner:
         if self.hearing is not None:  # of a step that was given up
             self.last()
         mine = torch.stack([report.load for report in reports])
-        self.hearing, self.answer = (*begin_gathering_counts(mine, self.group), mine), None
+        work, everyone = begin_gathering_counts(mine, self.group)
+        self.hearing, self.answer = begin_to_host(everyone, after=work, reads=mine), None
 
     def last(self) -> NDArray[np.int64]:
         """What ranks asked for in the last step, applied or not [layers, ranks, E]."""
         if self.hearing is not None:
-            (work, everyone, _), self.hearing = self.hearing, None
-            work.wait()
-            self.heard = to_host(everyone.transpose(0, 1)).numpy()
+            everyone, self.hearing = self.hearing, None
+            self.heard = everyone.read().transpose(0, 1).numpy()
         assert self.heard is not None
         return self.heard
 
     def think(self) -> None:
-        """Choose this rank's share of the placements for the step to come, if this one will be applied."""
+        """Choose this rank's share of the placements for the step to come, if this one will be applied, and begin to exchange it.
+
+        Waits until the loads are here, which is long before the backward pass ends.
+        """
         if self.hearing is None or self.copies.chosen == "after":
             return
         load = self._foresee([*self.seen, self.last()])
-        self.answer = self._owners() + load.tobytes(), self._mine(load)
+        self.answer = load, self._tell(load)
 
     def observe(self) -> None:
         """Remember what was asked for: the step was applied."""

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.model.experts import Experts
 from moe.parallel.collectives import exchange_into
+from moe.parallel.host_copy import index_on
 from moe.parallel.placement import Hop, Placement, Trip, trip
 from moe.shapes import Float
 
@@ -139,10 +140,10 @@ class Fetch:
         """The experts that this rank holds, in the order in which it holds them."""
         brought = []
         for leg, rows in zip(self.trips, self.settle(), strict=True):
-            rows = rows if leg.order is None else rows[leg.order]
+            rows = rows if leg.order is None else _picked(rows, leg.order)
             brought.append(rows[leg.own :] if brought else rows)
         rows = torch.cat(brought) if len(brought) > 1 else brought[0]
-        return rows if self.order is None else rows[self.order]
+        return rows if self.order is None else _picked(rows, self.order)
 
 
 class Journey:
@@ -160,7 +161,7 @@ class Journey:
 
     @torch.no_grad()
     def _go(self, hop: Hop) -> None:
-        self.goes, begin = self.rows[hop.picks], self.there
+        self.goes, begin = _picked(self.rows, hop.picks), self.there
         self.there += sum(hop.receive)
         self.work = exchange_into(self.rows[begin : self.there], self.goes, hop.send, hop.receive, self.group, "experts")
 
@@ -190,7 +191,7 @@ class Return:
             tuple[Trip, Tensor, Any, Tensor | None, Tensor | None]
         ] = []  # …, gradients [r, p], work, what comes, what goes
         if fetch.order is not None:
-            grad = torch.empty_like(grad).index_copy_(0, torch.tensor(fetch.order, dtype=torch.int64, device=grad.device), grad)
+            grad = torch.empty_like(grad).index_copy_(0, index_on(fetch.order, grad.device), grad)
         for leg in fetch.trips:
             kept = leg.own + leg.copies
             self._pass_back(leg, grad[:kept])
@@ -198,8 +199,7 @@ class Return:
 
     def _pass_back(self, leg: Trip, grad: Float[Tensor, "h p"]) -> None:
         if leg.order is not None:
-            place = torch.tensor(leg.order, dtype=torch.int64, device=grad.device)
-            grad = grad.new_zeros(leg.rows, grad.shape[1]).index_copy_(0, place, grad)
+            grad = grad.new_zeros(leg.rows, grad.shape[1]).index_copy_(0, index_on(leg.order, grad.device), grad)
         if len(leg.hops) == 1:
             self.under_way.append((leg, grad, None, None, None))
             return
@@ -235,9 +235,10 @@ def _returned(grad: Float[Tensor, "n p"], hop: Hop, group: Any) -> tuple[Any, Te
 
 def _add(grad: Tensor, back: Tensor, hop: Hop) -> None:
     """Add what came from each rank, in their order and each expert once: the same sum on any machine."""
-    picks = torch.tensor(hop.picks, dtype=torch.int64, device=grad.device)
+    picks = index_on(hop.picks, grad.device)
     for part, where in zip(back.split(hop.send), picks.split(hop.send), strict=True):
-        grad[where] += part
+        if len(where):
+            grad[where] += part
 
 
 class Home:
@@ -295,6 +296,10 @@ class _Materialise(torch.autograd.Function):
         of_up, of_down = _parts(held[: len(up)], up.shape[1:], down.shape[1:])
         # copies, because autograd may keep what it is given as the parameters' gradients, rows of others and all
         return of_up.clone(), of_down.clone(), None, None
+
+
+def _picked(rows: Float[Tensor, "r p"], places: list[int]) -> Float[Tensor, "n p"]:
+    return rows.index_select(0, index_on(places, rows.device))
 
 
 def _parts(rows: Tensor, up: torch.Size, down: torch.Size) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe.parallel import OWNERS
 from moe.parallel.collectives import exchange, gather_ranks, sum_ranks, total_over_ranks
-from moe.parallel.deadline import to_host
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
+from moe.parallel.host_copy import index_on, to_device, to_host
 from moe.parallel.placement import even, owned
 from moe.parallel.price import unseen
 from moe.shapes import Float
@@ -62,7 +62,7 @@ class Owners:
     def chosen(self) -> Owner:
         """The owners that the mean loads of the last steps ask for; every rank must call it."""
         seen = self.planner.seen
-        mean = torch.from_numpy(np.sum(seen, axis=0) // len(seen)).to(self.planner.layers[0].dispatcher.device)
+        mean = to_device(np.sum(seen, axis=0) // len(seen), self.planner.layers[0].dispatcher.device)
         count = 1
         for group in self.groups:
             sum_ranks(mean, group)
@@ -88,6 +88,7 @@ class Owners:
 
     def place(self, owner: Owner) -> None:
         """From now on tokens and copies go by `owner`, and nobody holds copies."""
+        self.planner.answer = None
         for layer, of_layer in zip(self.planner.layers, owner, strict=True):
             placement = owned(of_layer, self.ranks)
             layer.dispatcher.place(placement)
@@ -103,7 +104,7 @@ class Owners:
         come = [[np.flatnonzero((after[n] == self.rank) & (before[n] == of)) for n in layers] for of in ranks]  # experts
         everything = [(n, name) for n in layers for name in self.names[n]]
         travels = [(rank, n, name) for rank in ranks if rank != self.rank for n, name in everything]
-        sent = torch.cat([tensors[name].detach()[_index(out[to][n], tensors[name])].flatten() for to, n, name in travels])
+        sent = torch.cat([tensors[name].detach()[index_on(out[to][n], tensors[name].device)].flatten() for to, n, name in travels])
         sizes = {name: tensors[name].shape[1:].numel() for _, name in everything}
         send, receive = [0] * self.ranks, [0] * self.ranks
         for rank, n, name in travels:
@@ -116,8 +117,8 @@ class Owners:
             old, owns = tensors.pop(name).detach(), after[n] == self.rank
             new, place = old.new_empty(int(owns.sum()), *old.shape[1:]), np.cumsum(owns) - 1
             for of in ranks:
-                rows = old[_index(out[of][n], old)] if of == self.rank else arrived[of, name].view(-1, *old.shape[1:])
-                new[_index(place[come[of][n]], new)] = rows
+                rows = old[index_on(out[of][n], old.device)] if of == self.rank else arrived[of, name].view(-1, *old.shape[1:])
+                new[index_on(place[come[of][n]], new.device)] = rows
             yield name, new
 
 
@@ -127,9 +128,5 @@ def of_all_experts(summary: Float[Tensor, "n m"], dispatcher: AllToAll) -> Float
     if np.array_equal(owner, even(len(owner), ranks).owner):
         return gather_ranks(summary, dispatcher.group)
     whole = summary.new_zeros(len(owner), *summary.shape[1:])
-    own = _index(np.flatnonzero(owner == dispatcher.rank), summary)
+    own = index_on(np.flatnonzero(owner == dispatcher.rank), summary.device)
     return total_over_ranks(whole.index_copy(0, own, summary), dispatcher.group)
-
-
-def _index(places: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(places).to(like.device)

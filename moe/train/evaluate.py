@@ -15,7 +15,7 @@ from moe.data.corpus import Corpus
 from moe.data.loader import Validation
 from moe.model.generate import generate
 from moe.model.transformer import Transformer
-from moe.parallel.deadline import to_host
+from moe.parallel.host_copy import to_host
 from moe.parallel.mesh import Mesh
 from moe.recipe import Recipe
 from moe.routers.base import Routing
@@ -121,6 +121,6 @@ class Recorder:
     def keep(self, layer: int, router: Any, inputs: Any, routing: Routing) -> None:
         # a table and not a list: some routers give each token as many experts as they like
         chosen = torch.zeros(PROBE_TOKENS, router.num_experts + 1, dtype=torch.bool)
-        token, expert = to_host(routing.token), routing.expert.cpu()
+        token, expert = to_host(torch.stack([routing.token, routing.expert]))
         chosen[token[token < PROBE_TOKENS], expert[token < PROBE_TOKENS]] = True
         self.chosen[layer] = chosen[:, :-1]

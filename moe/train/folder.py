@@ -34,7 +34,6 @@ FREE = (
     "train.accumulate",
     "train.steps",
     "train.check_replicas",
-    "train.deterministic",
     "train.skip_limit",
     "train.restarts",
 )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moe.errors import CollectiveTimeout
 from moe.parallel import deadline, launch
+from moe.parallel.host_copy import to_host
 from moe.parallel.layout import Layout
 from moe.parallel.mesh import start
 from tests.workers import run_ranks
@@ -26,14 +27,14 @@ def hangs(rank: int, world: int, how: str, folder: str) -> str:
     """Rank 1 is silent; on the others the device never comes to the end of what it waits for."""
     start(Layout(device="cpu", timeout=1))
     deadline.ROLL_CALL_SECONDS = 1
-    deadline._mark = lambda device: lambda: False
+    deadline.mark = lambda device: lambda: False
     Path(folder, str(rank)).write_text(str(os.getpid()))
     said = ""
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(4)
     else:
         try:
-            deadline.to_host(torch.ones(1))
+            to_host(torch.ones(1))
         except CollectiveTimeout as error:
             said = str(error)
         if how == "stopped" and rank == 0:
@@ -55,14 +56,14 @@ def test_a_rank_that_is_silent_while_others_wait_for_their_gpu_is_named_within_t
 
 def test_a_device_that_is_late_but_comes_is_waited_for(monkeypatch):
     answers = iter([False, False, True])
-    monkeypatch.setattr(deadline, "_mark", lambda device: lambda: next(answers))
+    monkeypatch.setattr(deadline, "mark", lambda device: lambda: next(answers))
     monkeypatch.setattr(deadline, "_limit", 5.0)
-    assert deadline.to_host(torch.ones(2)).tolist() == [1, 1]
+    assert to_host(torch.ones(2)).tolist() == [1, 1]
     assert next(answers, None) is None
 
 
 def test_on_a_cpu_nothing_is_asked():
-    assert deadline._mark(torch.device("cpu")) is None
+    assert deadline.mark(torch.device("cpu")) is None
 
 
 def test_nccl_gives_up_after_our_own_wait_and_the_roll_call():
