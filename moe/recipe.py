@@ -47,6 +47,7 @@ class Train(Settings):
     batch: PositiveInt = 16  # sequences per step over all ranks
     accumulate: PositiveInt = 1  # micro-batches that a rank's share of the batch is cut into
     seed: NonNegativeInt = 0
+    deterministic: bool = False  # on a GPU: the same bits from the same recipe, ranks, device and versions; see moe/train/deterministic.py
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: float32 masters beneath
     clip: PositiveFloat | None = 1.0  # global gradient norm; null for no clipping
     balance_window: Literal["running", "exact"] = "running"  # what a global balance loss sees of an accumulation window
@@ -213,6 +214,16 @@ class Recipe(Settings):
             raise wrong(
                 "optimizer.name",
                 "optimizer.name=muon needs whole matrices, and engine.name=fsdp2 cuts them; choose engine.name=ddp or optimizer.name=adamw",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_can(self) -> Recipe:
+        if self.train.deterministic and self.engine.name == "deepspeed":
+            raise wrong(
+                "train.deterministic",
+                "train.deterministic=true cannot be kept by engine.name=deepspeed, whose kernels and hooks promise no order of their sums; "
+                "choose engine.name=ddp or fsdp2, or train.deterministic=false",
             )
         return self
 

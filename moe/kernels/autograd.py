@@ -6,6 +6,8 @@ A backend is a module with two functions, told apart from the rest of autograd s
     backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, …) → Gradients
 
 Only x, the pre-activations `hidden` and integers are kept; without `keep` hidden has no rows, and backward computes it again.
+Backward may write over hidden, which only this function has: a second pass through the same graph (`retain_graph`) finds it
+marked as spent and computes it again too.
 The gradient of the combine weight needs no output: with d activated = (d y) @ down, before the weight, it is
 <d activated, activated>.
 """
@@ -23,13 +25,26 @@ from moe.kernels.reference import ExpertWeights, Rows
 from moe.shapes import Float
 
 
-class Gradients(NamedTuple):
-    """Gradients of the vectors, of the rows' weights in expert order, and of the stacked weights."""
+class Needs(NamedTuple):
+    """What is needed of a backward pass: which gradients (frozen experts need neither `up` nor `down`), and `hidden` as it was."""
 
-    x: Float[Tensor, "m d"]
-    weight: Float[Tensor, " n"]
-    up: Float[Tensor, "E g f d"]
-    down: Float[Tensor, "E d f"]
+    x: bool = True
+    weight: bool = True
+    up: bool = True
+    down: bool = True
+    hidden: bool = True  # without it, a backend may write over the pre-activations
+
+
+ALL = Needs()
+
+
+class Gradients(NamedTuple):
+    """Gradients of the vectors, of the rows' weights in expert order, and of the stacked weights; None where not asked for."""
+
+    x: Float[Tensor, "m d"] | None
+    weight: Float[Tensor, " n"] | None
+    up: Float[Tensor, "E g f d"] | None
+    down: Float[Tensor, "E d f"] | None
 
 
 def grouped_mlp(module: str, rows: Rows, weights: ExpertWeights, activation: str, keep: bool) -> Float[Tensor, "m d"]:
@@ -47,7 +62,7 @@ class _ExpertMLP(torch.autograd.Function):
         chosen = (module,) if torch.compiler.is_compiling() else ()
         out, hidden = forward(*chosen, x, index, slots, weight, counts, up, down, activation, keep)
         ctx.save_for_backward(hidden, x, index, slots, weight, scale, counts, up, down)
-        ctx.module, ctx.activation, ctx.kept = module, activation, None
+        ctx.module, ctx.activation, ctx.kept, ctx.spent = module, activation, None, False
         if in_place and up.is_leaf and down.is_leaf and not torch.compiler.is_compiling():
             ctx.kept = up, down  # recomputation brings saved tensors back as copies without a gradient to add to
         return out
@@ -55,14 +70,17 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        given = (grad.contiguous(), *ctx.saved_tensors, ctx.activation)
+        hidden, *rest = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            dx, dweight, dup, ddown = _backward(ctx.module, *given)
-        elif all(ctx.needs_input_grad[2:4]) and ctx.kept and all(p.grad is not None for p in ctx.kept):
-            dx, dweight, _, _ = importlib.import_module(ctx.module).backward(*given, *(p.grad for p in ctx.kept))
+            return *_backward(ctx.module, grad.contiguous(), hidden, *rest, ctx.activation), *(None,) * 8
+        given = (grad.contiguous(), hidden[:0] if ctx.spent else hidden, *rest, ctx.activation)
+        ctx.spent, needs = True, Needs(*ctx.needs_input_grad[:4], hidden=False)
+        backward = importlib.import_module(ctx.module).backward
+        if needs.up and needs.down and ctx.kept and all(p.grad is not None for p in ctx.kept):
+            dx, dweight, _, _ = backward(*given, *(p.grad for p in ctx.kept), needs=needs)
             dup = ddown = None
         else:
-            dx, dweight, dup, ddown = importlib.import_module(ctx.module).backward(*given)
+            dx, dweight, dup, ddown = backward(*given, needs=needs)
         return dx, dweight, dup, ddown, *(None,) * 8
 
 

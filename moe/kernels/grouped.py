@@ -57,23 +57,30 @@ def backward(
     activation: str,
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
+    needs: autograd.Needs = autograd.ALL,
 ) -> autograd.Gradients:
-    """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    """The gradients that are needed; those of the weights are added to `grad_up` and `grad_down` if given."""
     if not _fits(index, up, down):
-        return threads.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
+        return threads.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down, needs)
     ends = counts.cumsum(0, dtype=torch.int32)
     dropped = _dropped(ends, len(index))
     hidden = hidden if len(hidden) else _hidden(x, index, ends, up)
     grad = send_out(grad, index, scale, grad.new_empty(len(index), x.shape[1]))
-    activated, grad_weight, grad_hidden = x.new_empty(len(index), down.shape[2]), torch.empty_like(weight), torch.empty_like(hidden)
+    activated, grad_weight = x.new_empty(len(index), down.shape[2]), torch.empty_like(weight)
+    grad_hidden = torch.empty_like(hidden)
     activate_backward(grouped_mm(grad, down, offs=ends), hidden, weight, activation, up.shape[1] == 2, activated, grad_weight, grad_hidden)
     grad_weight.masked_fill_(dropped, 0)
-    new_down = grouped_mm(grad.mul_(weight[:, None]).T, activated, offs=ends)
-    new_up = grouped_mm(grad_hidden.T, x.index_select(0, index), offs=ends).view(up.shape)
-    grad_x = grouped_mm(grad_hidden, up.flatten(1, 2), offs=ends).masked_fill_(dropped[:, None], 0)
-    new_up = new_up if grad_up is None else grad_up.add_(new_up)
-    new_down = new_down if grad_down is None else grad_down.add_(new_down)
-    return autograd.Gradients(bring_home(grad_x, index, slots, len(x)), grad_weight, new_up, new_down)
+    new_up = new_down = grad_x = None
+    if needs.down:
+        new_down = grouped_mm(grad.mul_(weight[:, None]).T, activated, offs=ends)
+        new_down = new_down if grad_down is None else grad_down.add_(new_down)
+    if needs.up:
+        new_up = grouped_mm(grad_hidden.T, x.index_select(0, index), offs=ends).view(up.shape)
+        new_up = new_up if grad_up is None else grad_up.add_(new_up)
+    if needs.x:
+        grad_x = grouped_mm(grad_hidden, up.flatten(1, 2), offs=ends).masked_fill_(dropped[:, None], 0)
+        grad_x = bring_home(grad_x, index, slots, len(x))
+    return autograd.Gradients(grad_x, grad_weight, new_up, new_down)
 
 
 def _hidden(x: Tensor, index: Tensor, ends: Tensor, up: Tensor) -> Float[Tensor, "n h"]:

@@ -1,6 +1,7 @@
 """Moving rows: what a vector sends to several experts comes home as one sum, and its gradient goes out again.
 
-With a fixed fan-out the sum has a fixed order, so the same routing gives the same bits.
+With a fixed fan-out the sum has a fixed order, so the same routing gives the same bits. Without one it has that on a CPU; on a
+GPU additions are atomic, unless `train.deterministic` lets torch sort them.
 """
 
 from __future__ import annotations

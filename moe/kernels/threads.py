@@ -89,17 +89,18 @@ def backward(
     activation: str,
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
+    needs: autograd.Needs = autograd.ALL,
 ) -> autograd.Gradients:
-    """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    """The gradients that are needed; those of the weights are added to `grad_up` and `grad_down` if given."""
     spans, used = _spans(counts)
     gated, width, d, d_expert, kept = up.shape[1] == 2, hidden.shape[1], x.shape[1], down.shape[2], len(hidden) > 0
-    beta = 0 if grad_up is None else 1
-    into_up = up.new_empty(up.shape) if grad_up is None else grad_up
-    into_down = down.new_empty(down.shape) if grad_down is None else grad_down
-    grad_x, grad_weight = x.new_empty(len(index), d), torch.empty_like(weight)
-    grad_x[used:].zero_()
+    into_up = up.new_empty(up.shape) if grad_up is None and needs.up else grad_up
+    into_down = down.new_empty(down.shape) if grad_down is None and needs.down else grad_down
+    grad_x, grad_weight = x.new_empty(len(index), d) if needs.x else None, torch.empty_like(weight)
     grad_weight[used:].zero_()
-    up, flat_up = up.flatten(1, 2), into_up.view(len(up), width, d)
+    if grad_x is not None:
+        grad_x[used:].zero_()
+    up, flat_up = up.flatten(1, 2), None if into_up is None else into_up.view(len(up), width, d)
 
     def expert(buffers: Sequence[Tensor], e: int, start: int, stop: int) -> None:
         vectors, activated, grad_activated, grad_hidden = buffers[:4]
@@ -110,13 +111,17 @@ def backward(
         torch.mm(vectors, down[e], out=grad_activated)
         for b in _blocks(stop - start):
             activate_backward(grad_activated[b], h[b], w[b], activation, gated, activated[b], dw[b], grad_hidden[b])
-        into_down[e].addmm_(vectors.mul_(w[:, None]).T, activated, beta=beta)
-        torch.index_select(x, 0, index[rows], out=vectors)
-        flat_up[e].addmm_(grad_hidden.T, vectors, beta=beta)
-        torch.mm(grad_hidden, up[e], out=grad_x[rows])
+        if into_down is not None:
+            into_down[e].addmm_(vectors.mul_(w[:, None]).T, activated, beta=grad_down is not None)
+        if flat_up is not None:
+            torch.index_select(x, 0, index[rows], out=vectors)
+            flat_up[e].addmm_(grad_hidden.T, vectors, beta=grad_up is not None)
+        if grad_x is not None:
+            torch.mm(grad_hidden, up[e], out=grad_x[rows])
 
     _each(expert, spans, x, [d, d_expert, d_expert, width] + [width] * (not kept), 3 * used * width * d)
-    return autograd.Gradients(bring_home(grad_x, index, slots, len(x)), grad_weight, into_up, into_down)
+    grad_x = None if grad_x is None else bring_home(grad_x, index, slots, len(x))
+    return autograd.Gradients(grad_x, grad_weight, into_up, into_down)
 
 
 def _spans(counts: Tensor) -> tuple[list[Span], int]:

@@ -39,11 +39,10 @@ _HELD = 8  # elements of a product that a thread of `down_dgrad` finishes at onc
 
 
 class HiddenGradients(NamedTuple):
-    """What `down_dgrad` leaves for the products after it; of dropped rows only `weight` is written."""
+    """What `down_dgrad` leaves for the products after it, beside the gradient of the pre-activations."""
 
-    hidden: Float[Tensor, "n h"]
-    weighted: Float[Tensor, "n f"]  # activations times weight and scale: with grad, they give the gradient of `down`
-    weight: Float[Tensor, " n"]
+    weight: Float[Tensor, " n"]  # zero for dropped rows
+    weighted: Float[Tensor, "n f"] | None  # activations times weight and scale: with grad, they give the gradient of `down`
 
 
 def down_dgrad(
@@ -56,16 +55,22 @@ def down_dgrad(
     activation: str,
     tiles: Tiles,
     config: Config,
+    grad_hidden: Float[Tensor, "n h"] | None,
+    *,
+    weighted: bool = True,
 ) -> HiddenGradients:
-    """Gradients of the pre-activations and of the rows' weights, and the activations as the gradient of `down` needs them."""
+    """Gradients of the rows' weights and, into `grad_hidden`, of the pre-activations; the activations that `down`'s gradient needs.
+
+    `grad_hidden` may be `hidden` itself; None leaves it out. Dropped rows of `grad_hidden` and `weighted` stay as they were.
+    """
     (rows, width), (_, d, f) = hidden.shape, down.shape
-    out = HiddenGradients(torch.empty_like(hidden), hidden.new_empty(rows, f), torch.empty_like(weight))
+    out = HiddenGradients(torch.empty_like(weight), hidden.new_empty(rows, f) if weighted else None)
     slots, columns = len(tiles.expert), triton.cdiv(f, config.BLOCK_N)
     sums = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
     if rows == 0:
         return out
     down_dgrad_kernel[(slots * columns,)](
-        *(grad, index, weight, scale, hidden, weights(down, config), out.hidden, out.weighted, sums),
+        *(grad, index, weight, scale, hidden, weights(down, config), grad_hidden, out.weighted, sums),
         *(tiles.expert, tiles.start, tiles.end, tiles.count, rows, d, f, down.stride(0)),
         CHUNKS=chunks(config),
         GATED=width == 2 * f,
@@ -193,16 +198,21 @@ def finish(product, first, hidden, grad_hidden, weighted, row, inside, received,
     mask = inside[:, None] & (n < f)[None, :]
     at = row[:, None] * (f * (1 + GATED)) + n[None, :]
     gate = load(hidden + at, mask, False).to(tl.float32)
+    if GATED:
+        up = load(hidden + f + at, mask, False).to(tl.float32)
+    tl.debug_barrier()  # grad_hidden may be hidden: no thread writes its part of the chunk before all have read theirs
     activated = activate(gate, ACTIVATION)
     slope = activation_gradient(gate, ACTIVATION)
     grad_activated = product * factor[:, None]
     if GATED:
-        up = load(hidden + f + at, mask, False).to(tl.float32)
-        store(grad_hidden + f + at, grad_activated * activated, mask, UPCAST)
+        if grad_hidden is not None:
+            store(grad_hidden + f + at, grad_activated * activated, mask, UPCAST)
         activated *= up
         slope *= up
-    store(grad_hidden + at, grad_activated * slope, mask, UPCAST)
-    store(weighted + row[:, None] * f + n[None, :], activated * factor[:, None], mask, UPCAST)
+    if grad_hidden is not None:
+        store(grad_hidden + at, grad_activated * slope, mask, UPCAST)
+    if weighted is not None:
+        store(weighted + row[:, None] * f + n[None, :], activated * factor[:, None], mask, UPCAST)
     return tl.sum(product * activated, 1) * received
 
 
@@ -231,8 +241,10 @@ def down_dgrad_kernel(
         received = tl.load(scale + start + row, mask=inside, other=0.0).to(tl.float32)
         factor *= received
     hidden = row_pointer(hidden, start, f * (1 + GATED))
-    grad_hidden = row_pointer(grad_hidden, start, f * (1 + GATED))
-    weighted = row_pointer(weighted, start, f)
+    if grad_hidden is not None:
+        grad_hidden = row_pointer(grad_hidden, start, f * (1 + GATED))
+    if weighted is not None:
+        weighted = row_pointer(weighted, start, f)
     first = column * BLOCK_N
     parts = cut(product, CHUNKS)
     total = tl.zeros([BLOCK_M], tl.float32)

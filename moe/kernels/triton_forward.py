@@ -3,7 +3,7 @@
 Rows past the last expert's belong to no tile: they are neither computed nor read.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # Triton's kernels are compiled by rules of their own, which the checker does not know.
 
 from __future__ import annotations

@@ -69,31 +69,54 @@ def backward(
     activation: str,
     grad_up: Tensor | None = None,
     grad_down: Tensor | None = None,
+    needs: autograd.Needs = autograd.ALL,
 ) -> autograd.Gradients:
-    """All gradients; those of the weights are added to `grad_up` and `grad_down` if given."""
+    """The gradients that are needed; those of the weights are added to `grad_up` and `grad_down` if given, in their dtype.
+
+    Unless `hidden` is needed, the gradient of the pre-activations is written over it. Elements held beside the arguments and the
+    gradients, for n rows and pre-activations of width h = 2 f (f without a gate); what a product reads last is freed with it:
+
+                             over hidden         beside it
+        down_dgrad           n f                 n f + n h
+        wgrad of down        n f                 n f + n h
+        up_dgrad, combine    n d                 n d + n h
+        wgrad of up          0                   n h
+    """
     if scale is not None and (scale.shape != index.shape or scale.device != x.device):
         given = f"gradient_scale {list(scale.shape)} on {scale.device} does not fit {len(index)} rows on {x.device}"
         raise ConfigError(f"{given}; give one factor for each row, on their device")
     if not _fits(x, weight, up, down):
-        return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down)
+        return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down, needs)
     grad, x, index, weight, counts = (t.contiguous() for t in (grad, x, index, weight, counts))
     scale = None if scale is None else scale.contiguous()
     cut, config = _tiles(counts, len(index)), _configs(x, index, down)
     (d, f), width = down.shape[1:], hidden.shape[1]
     if len(hidden) < len(index):
         sizes = config("up", f, d)
-        hidden, _ = triton_forward.up(x, index, cut(sizes.BLOCK_M), up, activation, sizes, True)
+        hidden = triton_forward.up(x, index, cut(sizes.BLOCK_M), up, activation, sizes, True)[0]
+        needs = needs._replace(hidden=False)  # nobody else has this one
     sizes = config("down_dgrad", f, d)
-    of = down_dgrad(grad, hidden, index, weight, scale, down, activation, cut(sizes.BLOCK_M), sizes)
-    sizes = config("up_dgrad", d, width)
-    last = cut(sizes.BLOCK_M)
-    grad_x = triton_forward.combine(up_dgrad(of.hidden, up, last, sizes), index, slots, last, len(x), config("combine", d, d))
-    into_up = up.new_empty(up.shape) if grad_up is None else grad_up
-    into_down = down.new_empty(down.shape) if grad_down is None else grad_down
-    flat = into_up.view(len(up), width, d)
-    wgrad(of.hidden, x, index, "right", last.ends, flat, config("wgrad", d, width), accumulate=grad_up is not None)
-    wgrad(grad, of.weighted, index, "left", last.ends, into_down, config("wgrad", f, d), accumulate=grad_down is not None)
-    return autograd.Gradients(grad_x, of.weight, into_up, into_down)
+    into = torch.empty_like(hidden) if needs.hidden else hidden
+    grad_weight, weighted = down_dgrad(
+        *(grad, hidden, index, weight, scale, down, activation, cut(sizes.BLOCK_M), sizes),
+        into if needs.x or needs.up else None,
+        weighted=needs.down,
+    )
+    ends = cut(sizes.BLOCK_M).ends
+    into_up = into_down = grad_x = None
+    if weighted is not None:
+        into_down = down.new_empty(down.shape) if grad_down is None else grad_down
+        wgrad(grad, weighted, index, "left", ends, into_down, config("wgrad", f, d), accumulate=grad_down is not None)
+        del weighted
+    if needs.x:
+        sizes = config("up_dgrad", d, width)
+        last = cut(sizes.BLOCK_M)
+        grad_x = triton_forward.combine(up_dgrad(into, up, last, sizes), index, slots, last, len(x), config("combine", d, d))
+    if needs.up:
+        into_up = up.new_empty(up.shape) if grad_up is None else grad_up
+        flat = into_up.view(len(up), width, d)
+        wgrad(into, x, index, "right", ends, flat, config("wgrad", d, width), accumulate=grad_up is not None)
+    return autograd.Gradients(grad_x, grad_weight, into_up, into_down)
 
 
 def _fits(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> bool:

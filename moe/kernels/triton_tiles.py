@@ -4,7 +4,7 @@ Rows of one tile belong to one expert, so a kernel multiplies each tile by one m
 to the device; their number is bounded on the host, and slots that hold no tile are left at once.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # Triton's kernels are compiled by rules of their own, which the checker does not know.
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ def problems(shape: Shape, device: torch.device) -> list[Problem]:
         return torch.zeros(size, device=device, dtype=shape.main_grad or dtype)
 
     x, hidden, activated, y = random(tokens, d), random(rows, halves * f), random(rows, f), random(rows, d)
+    grad_hidden = torch.empty_like(hidden)
     up_weights, down_weights, weight = random(experts, halves, f, d), random(experts, d, f), torch.rand(rows, device=device)
     order, position, counts = sort(torch.rand(tokens, experts, device=device).topk(k).indices.flatten(), experts)
     index, ends = order // k, counts.cumsum(0, dtype=torch.int32)
@@ -99,7 +100,11 @@ def problems(shape: Shape, device: torch.device) -> list[Problem]:
         Problem("down", "down", d, f, cut(lambda t, c: down(activated, weight, t, down_weights, c))),
         Problem("combine", "combine", d, d, cut(lambda t, c: combine(y, index, slots, t, tokens, c))),
         Problem(
-            "down_dgrad", "down_dgrad", f, d, cut(lambda t, c: down_dgrad(x, hidden, index, weight, scale, down_weights, "silu", t, c))
+            "down_dgrad",
+            "down_dgrad",
+            f,
+            d,
+            cut(lambda t, c: down_dgrad(x, hidden, index, weight, scale, down_weights, "silu", t, c, grad_hidden)),
         ),
         Problem("up_dgrad", "up_dgrad", d, halves * f, cut(lambda t, c: up_dgrad(hidden, up_weights, t, c))),
         Problem(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe.model.attention import Cache
 from moe.model.transformer import Transformer
+from moe.routers.base import running_sum
 from moe.shapes import Float, Int
 
 
@@ -48,7 +49,7 @@ def sample(
     probability, token = (scores / temperature).softmax(-1).sort(stable=True, descending=True)
     # a token is kept if those before it have less than top_p, and the first always is
     rest = probability[:, 1:]
-    rest.masked_fill_(probability.cumsum(-1)[:, :-1] >= top_p, 0)
+    rest.masked_fill_(running_sum(probability)[:, :-1] >= top_p, 0)
     device = scores.device if generator is None else generator.device
     choice = torch.multinomial(probability.to(device), 1, generator=generator).to(scores.device)
     return token.gather(-1, choice)

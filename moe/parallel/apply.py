@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,7 +33,7 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
     """
     if mesh.world > 1:
         # a group of its own: the order of its sums among those of the gradients then does not matter
-        group: Any = dist.new_group(timeout=mesh.of_groups)
+        group: Any = mesh.group("routers", [list(range(mesh.world))])
         for router in model.routers().values():
             router.total = partial(total_over_ranks, group=group)
     blocks: Any = model.layers
@@ -54,7 +55,8 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
             share_out(block.moe, number, grid, mesh)
             block.moe.beside = side
     if mesh.copies is not None and mesh.copies.active:
-        group = mesh.experts().get_group("expert")  # another one than the tokens': copies travel while tokens do
+        # another group than the tokens': expert replicas are sent while tokens are
+        group = mesh.group("replicas of experts", torch.arange(mesh.world).view(-1, mesh.expert_ranks).tolist())
         home = Home()
         for block in blocks:
             if block.moe is not None:

@@ -12,14 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe import errors
 from moe.errors import ConfigError, MoeError
@@ -46,6 +46,8 @@ class Mesh:
     copies: Copies | None = None
     hardware: Hardware | None = None
     machine_ranks: int = 1_000_000  # ranks on one machine
+    # Process groups made so far, by purpose and ranks; meshes of other layouts in the same job share them.
+    made: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -59,21 +61,43 @@ class Mesh:
 
     def dense(self) -> DeviceMesh:
         """The device mesh of parameters: ("shard",), or ("replicate", "shard") with several replicas."""
-        names, shape = ("replicate", "shard"), (self.replicas, self.world // self.replicas)
-        if self.replicas == 1:
-            names, shape = names[1:], shape[1:]
-        return self._grid(shape, names)
+        if self.replicas == 1:  # sums of figures share this group: they run before and after everything that is sharded
+            return DeviceMesh.from_group(dist.distributed_c10d._get_default_group(), self.device.type, mesh_dim_names=("shard",))
+        return self._grid((self.replicas, self.world // self.replicas), ("replicate", "shard"), "dense")
 
     def experts(self) -> DeviceMesh:
         """The device mesh of experts over the same ranks: "expert" ranks hold different ones, "shard" and "replicate" the same."""
         shards = self.world // self.replicas // self.expert_ranks
-        return self._grid((self.replicas, shards, self.expert_ranks), ("replicate", "shard", "expert"))
+        return self._grid((self.replicas, shards, self.expert_ranks), ("replicate", "shard", "expert"), "experts")
 
-    def _grid(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        for name in names:
-            _prepare(mesh.get_group(name), self.of_groups, self.device)
-        return mesh
+    def _grid(self, shape: tuple[int, ...], names: tuple[str, ...], of: str) -> DeviceMesh:
+        ranks = torch.arange(self.world).view(shape)
+        groups = []
+        for axis, name in enumerate(names):
+            # FSDP issues the all-reduces over replicas of dense parameters and of experts in the same order on every rank
+            purpose = name if name == "replicate" else f"{name} of {of}"
+            groups.append(self.group(purpose, ranks.movedim(axis, -1).reshape(-1, shape[axis]).tolist()))
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
+
+    def group(self, purpose: str, ranks: list[list[int]]) -> Any:
+        """This rank's group where the job's ranks are split into the lists `ranks`, connected; every rank must ask for it.
+
+        The first call makes it and later ones return it. Collectives of one group must be issued in the same order on all of
+        its ranks, and run one after the other: what is to overlap, or has no order among the rest, asks with another purpose.
+        Groups of one rank carry nothing, so that all purposes share one.
+        """
+        purpose = "alone" if len(ranks[0]) == 1 else purpose
+        key = purpose, repr(ranks)
+        if key not in self.made:
+            if self.device.type == "cuda" and dist.distributed_c10d._get_default_group().bound_device_id is not None:
+                # one call of NCCL for all lists, where new_group takes one for each
+                made = dist.split_group(split_ranks=ranks, timeout=self.of_groups, group_desc=purpose)
+            else:
+                made, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self.of_groups, group_desc=purpose)
+            if len(ranks[0]) > 1:
+                _prepare(made, self.of_groups, self.device)
+            self.made[key] = made
+        return self.made[key]
 
     def agree(self, flag: int) -> int:
         """The largest flag of all ranks, on every rank; through the host, so it does not wait for a GPU's queue."""
@@ -138,7 +162,7 @@ def start(layout: Layout) -> Mesh:
     control = None
     if world > 1:
         _prepare(None, deadline.of_groups(timeout, device), device)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
         _prepare(control, timeout, torch.device("cpu"))
         deadline.arm(timeout)
     machine = layout.machine_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world))

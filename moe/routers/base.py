@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moe.shapes import Bool, Float, Int
 
@@ -156,6 +157,20 @@ def best(score: Float[Tensor, "*s E"], k: int) -> Int[Tensor, "*s k"]:
         found.append(left.argmax(-1, keepdim=True))
         left.scatter_(-1, found[-1], -torch.inf)
     return torch.cat(found, -1)
+
+
+def running_sum(x: Float[Tensor, "*s n"]) -> Float[Tensor, "*s n"]:
+    """Sums of the first 1, 2, … n numbers of each row.
+
+    `cumsum`, but where deterministic algorithms are asked for: torch has none for it on a GPU. There, log2(n) steps that double
+    the number of addends: [a b c d] → [a ab bc cd] → [a ab abc abcd].
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    step = 1
+    while step < x.shape[-1]:
+        x, step = x + F.pad(x[..., :-step], (step, 0)), 2 * step
+    return x
 
 
 def _alone(x: Tensor) -> Tensor:

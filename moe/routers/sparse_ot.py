@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.kernels.product import linear
-from moe.routers.base import Router, Routing, Tokens, best
+from moe.routers.base import Router, Routing, Tokens, best, running_sum
 from moe.routers.expert_choice import LEAK
 from moe.routers.groups import Groups, capacity, expert_rows, groups, most_taken, unrouted
 from moe.routers.losses import statistics
@@ -142,7 +142,7 @@ def project(x: Float[Tensor, "g n m"], entries: Int[Tensor, "g n"], most: int) -
     u = x.gather(-1, index)
     number = torch.arange(1, u.shape[-1] + 1, device=x.device)
     inside = number <= entries[..., None]
-    threshold = (torch.where(inside, u, 0).cumsum(-1) - 1) / number
+    threshold = (running_sum(torch.where(inside, u, 0)) - 1) / number
     support = (inside & ~(u <= threshold)).sum(-1, keepdim=True)
     tau = threshold.gather(-1, (support - 1).clamp(min=0))
     return index, torch.where(inside, (u - tau).clamp(min=0), 0)

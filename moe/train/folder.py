@@ -34,6 +34,7 @@ FREE = (
     "train.accumulate",
     "train.steps",
     "train.check_replicas",
+    "train.deterministic",
     "train.skip_limit",
     "train.restarts",
 )

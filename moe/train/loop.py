@@ -32,6 +32,7 @@ from moe.recipe import Recipe
 from moe.tables import entry
 from moe.train.begin import begin
 from moe.train.console import Console
+from moe.train.deterministic import be_deterministic
 from moe.train.evaluate import Evaluation
 from moe.train.folder import flatten, open_folder, write_whole
 from moe.train.metrics import Clock, Metrics, row_of
@@ -131,6 +132,8 @@ def learn(engine: Any, loader: Loader, step: int, lr: float) -> StepResult:
 
 def join(recipe: Recipe) -> Mesh:
     """Join the job's ranks, once they agree on what to do and their number allows it."""
+    if recipe.train.deterministic:
+        be_deterministic()
     mesh = start(recipe.parallel)
     backend = recipe.model.moe.backend if recipe.model.moe else "auto"
     if (reason := why(backend)) is not None:

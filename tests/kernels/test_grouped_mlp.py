@@ -349,3 +349,17 @@ def test_a_compiled_call_is_one_graph_with_the_same_gradients(name, dtype):
     assert torch.equal(eager, compiled)
     for a, b in zip(torch.autograd.grad(eager, leaves, upstream), torch.autograd.grad(compiled, leaves, upstream), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("wanted", [("x", "weight"), ("up",), ("down",), ("x", "up"), ("weight", "down")], ids="+".join)
+def test_each_gradient_is_the_same_whatever_else_is_asked_for(name, wanted):
+    leaves, (index, counts, slots) = case([5, 0, 7], k=2, dropped=2)
+    names, gradients = ("x", "weight", "up", "down"), {}
+    for asked in (names, wanted):
+        given = {each: leaf.detach().requires_grad_(each in asked) for each, leaf in zip(names, leaves, strict=True)}
+        y = backend(name)(Rows(given["x"], index, given["weight"], counts, slots), ExpertWeights(given["up"], given["down"]), "silu")
+        y.backward(torch.ones_like(y))
+        gradients[asked] = {each: leaf.grad for each, leaf in given.items()}
+    assert [each for each, gradient in gradients[wanted].items() if gradient is not None] == list(wanted)
+    assert all(torch.equal(gradients[wanted][each], gradients[names][each]) for each in wanted)

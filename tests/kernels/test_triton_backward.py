@@ -47,20 +47,24 @@ def rows_of(counts, dropped=0, vectors=9):
     return torch.tensor(counts, device=DEVICE), index.to(DEVICE), expert.to(DEVICE)
 
 
-def check_down_dgrad(counts, *, activation="silu", halves=2, dtype=torch.float32, config=SMALL, d=48, f=48, dropped=3, scaled=True):
+def check_down_dgrad(
+    counts, *, activation="silu", halves=2, dtype=torch.float32, config=SMALL, d=48, f=48, dropped=3, scaled=True, over=False
+):
     counts, index, expert = rows_of(counts, dropped)
     n, used = len(index), len(expert)
     grad, hidden, down = random(9, d, dtype=dtype), random(n, halves * f, dtype=dtype), random(len(counts), d, f, dtype=dtype)
     hidden[used:] = torch.nan
     weight, scale = torch.rand(n, device=DEVICE), torch.rand(n, device=DEVICE) if scaled else None
-    got = down_dgrad(grad, hidden, index, weight, scale, down, activation, tiles(counts, n, config.BLOCK_M), config)
+    into = hidden.clone() if over else torch.full_like(hidden, torch.nan)
+    given = grad, into if over else hidden, index, weight, scale, down, activation, tiles(counts, n, config.BLOCK_M), config
+    got = down_dgrad(*given, into)
     received = grad.double()[index[:used]] * (1 if scale is None else scale[:used, None].double())
     exact = hidden[:used].double().requires_grad_()
     value = ACTIVATIONS[activation](exact[:, :f])
     activated = value * exact[:, f:] if halves == 2 else value
     grad_activated = torch.einsum("nd,ndf->nf", received, down.double()[expert])
     (expected,) = torch.autograd.grad(activated, exact, grad_activated * weight[:used, None].double())
-    close(got.hidden[:used], expected, dtype)
+    close(into[:used], expected, dtype)
     factor = weight[:used] * (1 if scale is None else scale[:used])
     close(got.weighted[:used], activated.detach() * factor[:, None].double(), dtype)
     close(got.weight[:used], (grad_activated * activated.detach()).sum(1), dtype)
@@ -81,6 +85,20 @@ def test_gradients_of_hidden_rows_in_half_precision(dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_hidden_rows_for_every_activation(activation, halves):
     check_down_dgrad([5, 0, 7], activation=activation, halves=halves, scaled=False)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_gradients_of_hidden_rows_may_be_written_over_them(halves):
+    check_down_dgrad([5, 0, 17], halves=halves, over=True)
+
+
+def test_what_is_not_asked_for_is_not_written_and_changes_nothing_else():
+    counts, index, _ = rows_of([5, 0, 7])
+    grad, hidden, down, weight = random(9, 48), random(12, 96), random(3, 48, 48), torch.rand(12, device=DEVICE)
+    given, into = (grad, hidden, index, weight, None, down, "silu", tiles(counts, 12, 16), SMALL), torch.empty_like(hidden)
+    everything, alone = down_dgrad(*given, into), down_dgrad(*given, None, weighted=False)
+    assert alone.weighted is None
+    assert torch.equal(alone.weight, everything.weight)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 8])
@@ -188,8 +206,9 @@ def test_tiles_through_descriptors_give_the_bits_of_tiles_through_pointers():
     cut, results = tiles(counts, 26, 16), []
     for tma in (False, True):
         config = SMALL._replace(tma=tma)
-        of = down_dgrad(grad, hidden, index, weight, None, down, "gelu", cut, config)
-        results.append([of.hidden[:24], of.weighted[:24], of.weight, up_dgrad(of.hidden, up, cut, config)[:24]])
+        into = torch.empty_like(hidden)
+        of = down_dgrad(grad, hidden, index, weight, None, down, "gelu", cut, config, into)
+        results.append([into[:24], of.weighted[:24], of.weight, up_dgrad(into, up, cut, config)[:24]])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -223,14 +242,18 @@ def test_offsets_past_two_to_the_31_are_reached():
     expected = [large[-9:][a:b].double().T @ right[a:b].double() for a, b in ((0, 2), (2, 5), (5, 9))]
     close(out, torch.stack(expected), torch.float16)
     hidden, weight, cut = random(9, 16, dtype=torch.float16), torch.ones(9, device=DEVICE), tiles(counts, 9, 16)
-    of = down_dgrad(large, hidden, index, weight, None, out, "relu", cut, SMALL)
+    into = torch.empty_like(hidden)
+    down_dgrad(large, hidden, index, weight, None, out, "relu", cut, SMALL, into)
     expert = torch.arange(3, device=DEVICE).repeat_interleave(counts)
     grad_activated = torch.einsum("nd,ndf->nf", large[-9:].double(), out.double()[expert])
-    close(of.hidden, grad_activated * (hidden > 0), torch.float16)
+    close(into, grad_activated * (hidden > 0), torch.float16)
 
 
 def test_twice_the_same_call_gives_the_same_bits():
     counts, index, _ = rows_of([5, 0, 19])
     grad, hidden, down, weight = random(9, 48), random(24, 96), random(3, 48, 48), torch.rand(24, device=DEVICE)
-    results = [down_dgrad(grad, hidden, index, weight, None, down, "silu", tiles(counts, 24, 16), SMALL) for _ in range(2)]
+    results = []
+    for _ in range(2):
+        into = torch.empty_like(hidden)
+        results.append([*down_dgrad(grad, hidden, index, weight, None, down, "silu", tiles(counts, 24, 16), SMALL, into), into])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 pytest.importorskip("triton")
 
@@ -193,6 +194,59 @@ def test_gradients_are_added_in_place_where_an_engine_keeps_them():
     assert weights.up.grad is keeper
     torch.testing.assert_close(weights.up.grad - 1, up, rtol=0, atol=1e-5)
     torch.testing.assert_close(weights.down.grad - 1, down, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_second_pass_through_the_same_graph_gives_the_same_gradients(keep):
+    """The first writes over the pre-activations that were kept."""
+    rows, weights = case([5, 0, 17], k=2, scaled=True)
+    leaves = rows.x, rows.weight, *weights[:2]
+    y = triton_mlp.grouped_mlp(rows, weights, "silu", keep)
+    upstream = torch.randn_like(y)
+    first, second, third = (torch.autograd.grad(y, leaves, upstream, retain_graph=True) for _ in range(3))
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+def test_recomputed_layers_give_the_same_gradients_as_kept_ones():
+    rows, weights = case([5, 0, 17], k=2)
+    leaves, upstream = (rows.x, rows.weight, *weights[:2]), torch.randn_like(rows.x)
+
+    def run(*leaves):
+        return triton_mlp.grouped_mlp(rows._replace(x=leaves[0], weight=leaves[1]), ExpertWeights(*leaves[2:]), "silu")
+
+    y = torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=False)
+    again = [torch.autograd.grad(y, leaves, upstream, retain_graph=True) for _ in range(2)]
+    kept = torch.autograd.grad(run(*leaves), leaves, upstream)
+    for found in again:
+        assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
+
+
+LAUNCHES = {  # of the backward pass, by what needs a gradient
+    ("x", "weight", "up", "down"): ["down_dgrad", "wgrad left", "up_dgrad", "wgrad right"],
+    ("x", "weight"): ["down_dgrad", "up_dgrad"],
+    ("x", "down"): ["down_dgrad", "wgrad left", "up_dgrad"],
+    ("up",): ["down_dgrad", "wgrad right"],
+    ("weight",): ["down_dgrad"],
+}
+
+
+@pytest.mark.parametrize("wanted", LAUNCHES, ids="+".join)
+def test_only_products_of_gradients_that_are_asked_for_are_launched(wanted, monkeypatch):
+    rows, weights = case([5, 0, 17], k=2)
+    leaves = dict(zip(("x", "weight", "up", "down"), (rows.x, rows.weight, *weights[:2]), strict=True))
+    expected = dict(zip(leaves, results(triton_mlp.grouped_mlp, rows, weights)[1:], strict=True))
+    launched = []
+    for name in ("down_dgrad", "up_dgrad", "wgrad"):
+        run = getattr(triton_mlp, name)
+        side = (lambda of: f" {of[3]}") if name == "wgrad" else lambda of: ""
+        monkeypatch.setattr(triton_mlp, name, lambda *of, n=name, s=side, r=run, **more: launched.append(n + s(of)) or r(*of, **more))
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted)
+    y = triton_mlp.grouped_mlp(rows, weights, "silu")
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    found = torch.autograd.grad(y, [leaves[name] for name in wanted], upstream)
+    assert launched == LAUNCHES[wanted]
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in zip(wanted, found, strict=True))
 
 
 def test_experts_may_be_rows_of_a_larger_buffer():
