@@ -88,6 +88,8 @@ class Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
+        # torch 2.11 writes a copy that it has completed, and leaves this one without the places
+        metadata.storage_data = {written.index: written.storage_data for of_rank in results for written in of_rank}
         self.metadata = metadata
 
     def written(self, rank: int) -> list[File]:

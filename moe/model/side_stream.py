@@ -12,6 +12,8 @@ operation after those whose gradients it reads, but not after gradients of *para
 So the branch begins with a `Join`, on the main stream, whose backward makes the main stream wait. Autograd runs it after every
 hook of a parameter of the branch: it takes the operation that was recorded last first, and gradients of parameters before all.
 What is recomputed is recomputed on the main stream, since the routed branch, recorded last, asks for it first.
+After `backward()` (norms, the optimizer, zeroed gradients, the next micro-batch) nothing can be early: before it returns, torch
+lets the caller's stream wait for every stream on which gradients of parameters were accumulated.
 
 For hooks that run on the side stream themselves, `ddp` waits for all streams that wrote into a bucket; `deepspeed`, whose hooks
 are its own, has no side stream.
