@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe.kernels.auto import sort
 from moe.kernels.reference import Rows
+from moe.kernels.sort import permuted
 from moe.routers.base import Routing
 from moe.shapes import Float
 
@@ -36,8 +37,8 @@ class LocalDispatcher:
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, None]:
         order, position, counts = sort(routing.expert, self.num_experts)
         slots = None if routing.fan_out is None else position.view(-1, routing.fan_out)
-        scale = None if routing.gradient_scale is None else routing.gradient_scale[order]
-        return Rows(x, routing.token[order], routing.weight[order], counts, slots, scale), None
+        scale = None if routing.gradient_scale is None else permuted(routing.gradient_scale, order, position)
+        return Rows(x, routing.token[order], permuted(routing.weight, order, position), counts, slots, scale), None
 
     def combine(self, y: Float[Tensor, "t d"], ticket: None) -> Float[Tensor, "t d"]:
         return y

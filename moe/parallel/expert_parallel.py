@@ -21,7 +21,7 @@ from moe.errors import ConfigError, RankMismatch
 from moe.kernels.auto import sort
 from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
-from moe.kernels.sort import Sorted
+from moe.kernels.sort import Sorted, permuted
 from moe.parallel.collectives import exchange, exchange_into
 from moe.parallel.host_copy import to_device, to_host
 from moe.parallel.placement import Placement, choices, even
@@ -200,9 +200,9 @@ def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
         slots = position.clamp(max=sum(send)).view(-1, routing.fan_out)
     route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
     to.leaving()
-    x, values = _Outward.apply(x, _values(routing, order[: sum(send)]), route, send, receive)
+    x, values = _Outward.apply(x, _values(routing, order[: sum(send)], position), route, send, receive)
     into, place, held = sort(_experts(told.there, sum(receive)), to.now.width)
-    return _rows(x, into, values, held, place[:, None], routing), route
+    return _rows(x, into, permuted(values, into, place), held, place[:, None], routing), route
 
 
 def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
@@ -232,12 +232,12 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
     mine = vector - (vectors.cumsum(0) - vectors)[destination]  # which of the vectors that its rank gets
     among = mine.new_empty(sum(rows_in))
     work = exchange_into(among, mine, rows_out, rows_in, to.group, "counts")
-    x, values = _Outward.apply(x, _values(routing, kept), route, rows_out, rows_in)
+    x, values = _Outward.apply(x, _values(routing, kept, position), route, rows_out, rows_in)
     work.wait()
     came, arrived = told.there[:, :-1], told.there[:, -1]
     index = among + _repeated(arrived.cumsum(0) - arrived, came.sum(1), sum(rows_in))
-    into, _, held = sort(_experts(came, sum(rows_in)), to.now.width)
-    return _rows(x, index[into], values[into], held, None, routing), route
+    into, at, held = sort(_experts(came, sum(rows_in)), to.now.width)
+    return _rows(x, index[into], permuted(values, into, at), held, None, routing), route
 
 
 def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
@@ -264,20 +264,19 @@ def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorte
     route = Route(placed(routing.token[order], len(x)), slots, len(x), equal, equal, to.group, gaps=True, returned=to.returned)
     expert = to.sealed(placed(key[order] % to.now.width, to.now.width).view(to.ranks, room))
     to.leaving()
-    x, values = _Outward.apply(x, placed(_values(routing, order), 0), route, equal, equal)
+    x, values = _Outward.apply(x, placed(_values(routing, order, position), 0), route, equal, equal)
     into, at, held = sort(expert.flatten(), to.now.width)
-    return _rows(x, into, values, held, at[:, None], routing), route
+    return _rows(x, into, permuted(values, into, at), held, at[:, None], routing), route
 
 
-def _values(routing: Routing, order: Tensor) -> Float[Tensor, "n c"]:
+def _values(routing: Routing, order: Tensor, position: Tensor) -> Float[Tensor, "n c"]:
     """What travels with each row beside its vector."""
     columns = [routing.weight] if routing.gradient_scale is None else [routing.weight, routing.gradient_scale.to(routing.weight.dtype)]
-    return torch.stack(columns, 1)[order]
+    return permuted(torch.stack(columns, 1), order, position)
 
 
 def _rows(x: Tensor, index: Tensor, values: Tensor, counts: Tensor, slots: Tensor | None, routing: Routing) -> Rows:
-    """Rows in expert order; with slots, values still lie as the vectors do."""
-    values = values if slots is None else values[index]
+    """Rows in expert order."""
     return Rows(x, index, values[:, 0], counts, slots, None if routing.gradient_scale is None else values[:, 1])
 
 
