@@ -82,9 +82,7 @@ def backward(
         up_dgrad, combine    n d                 n d + n h
         wgrad of up          0                   n h
     """
-    if scale is not None and (scale.shape != index.shape or scale.device != x.device):
-        given = f"gradient_scale {list(scale.shape)} on {scale.device} does not fit {len(index)} rows on {x.device}"
-        raise ConfigError(f"{given}; give one factor for each row, on their device")
+    _check_scale(scale, x, index)
     if not _fits(x, weight, up, down):
         return grouped.backward(grad, hidden, x, index, slots, weight, scale, counts, up, down, activation, grad_up, grad_down, needs)
     grad, x, index, weight, counts = (t.contiguous() for t in (grad, x, index, weight, counts))
@@ -117,6 +115,12 @@ def backward(
         flat = into_up.view(len(up), width, d)
         wgrad(into, x, index, "right", ends, flat, config("wgrad", d, width), accumulate=grad_up is not None)
     return autograd.Gradients(grad_x, grad_weight, into_up, into_down)
+
+
+def _check_scale(scale: Tensor | None, x: Tensor, index: Tensor) -> None:
+    if scale is not None and (scale.shape != index.shape or scale.device != x.device):
+        given = f"gradient_scale {list(scale.shape)} on {scale.device} does not fit {len(index)} rows on {x.device}"
+        raise ConfigError(f"{given}; give one factor for each row, on their device")
 
 
 def _fits(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> bool:
