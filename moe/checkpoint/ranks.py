@@ -24,6 +24,7 @@ class Ranks:
     def __init__(self, mesh: Mesh | None) -> None:
         self.rank, self.world = (mesh.rank, mesh.world) if mesh else (0, 1)
         self.first = self.rank == 0
+        # with gloo's own timeout of half an hour: ranks wait here for each other's disks
         self.group: Any = dist.new_group(backend="gloo") if self.world > 1 else None
 
     def together(self, work: Callable[[], T]) -> list[T]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from moe.errors import MoeError
 from moe.parallel.launch import run_rank
 from moe.parallel.mesh import Mesh, start
+from moe.train.deterministic import be_deterministic
 from moe.verify.shrink import built
 from moe.verify.trace import trace
 
@@ -27,7 +28,10 @@ _QUIET_SECONDS = 5
 def work(folder: Path) -> None:
     """Trace every case."""
     cases = json.loads((folder / "cases.json").read_text())
-    mesh = start(built(cases[0]["words"]).parallel)
+    recipe = built(cases[0]["words"])
+    if recipe.train.deterministic:
+        be_deterministic()
+    mesh = start(recipe.parallel)
     torch.set_num_threads(1)
     progress = Progress()
     for number, case in enumerate(cases):

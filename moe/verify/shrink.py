@@ -33,6 +33,7 @@ def shrink(recipe: Recipe, *, dtype: str, rule: str, rows: int, expert_ranks: in
     if rule == "sgd":
         optimizer, clip = {"name": "sgd", "lr": 0.05, "momentum": PLAIN, "weight_decay": 0.0}, None
     train = {"batch": rows, "seed": recipe.train.seed, "dtype": dtype, "clip": clip and min(clip, _SMALLEST_CLIP)}
+    train["deterministic"] = recipe.train.deterministic
     sections = {
         "model": _model(recipe, tree["model"], math.lcm(4, expert_ranks)),
         "data": {"sequence": POSITIONS, "document_mask": recipe.data.document_mask},

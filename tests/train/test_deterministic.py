@@ -25,6 +25,8 @@ from moe.model.moe_layer import MoELayer
 from moe.recipe import Recipe
 from moe.routers.base import running_sum
 from moe.train.deterministic import be_deterministic
+from moe.verify.rank import work
+from moe.verify.shrink import shrink
 from tests.engines import tiny_job
 from tests.routers.test_contract import D, every, make, make_tokens
 from tests.workers import run_command, run_ranks
@@ -179,6 +181,19 @@ def test_an_engine_that_promises_no_order_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.deterministic=true cannot be kept by engine\.name=deepspeed.*choose engine\.name=ddp"):
         load([path], [])
     assert not Recipe().train.deterministic
+
+
+def verified(rank: int, world: int, folder: str) -> bool:
+    words = shrink(Recipe.model_validate({"train": {"deterministic": True}}), dtype="float64", rule="sgd", rows=4)
+    case = {"words": [*words, "parallel.device=cpu"], "steps": 1, "ranks": 1, "name": "one"}
+    Path(folder, "cases.json").write_text(json.dumps([case]))
+    work(Path(folder))
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_verification_computes_as_the_recipe_says(tmp_path):
+    assert run_ranks(1, verified, str(tmp_path)) == [True]
+    assert (tmp_path / "0.safetensors").exists()
 
 
 RECIPE = """
