@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe.engines import settings
+from moe.engines.figures import Figures, read
 from moe.engines.optimizer import Optimizers, squares
 from moe.errors import CheckpointError, ConfigError
 from moe.model.initialise import initial_value
@@ -31,7 +32,6 @@ from moe.parallel.apply import held, parallelize
 from moe.parallel.collectives import sum_ranks
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
-from moe.parallel.host_copy import to_host
 from moe.parallel.mesh import Mesh
 from moe.parallel.reshard import Owner, Owners
 
@@ -138,12 +138,13 @@ class Engine(ABC):
         """Learn from the global batch of which `batch` holds this rank's rows."""
         batch = self._here(batch)
         parts = self._cut(batch)
-        targets, tokens = self._counts(batch)
+        counts = self._counts(batch)
+        targets, tokens = counts.unbind()
         if self.planner is not None:
             self.planner.adopt()
         self.model.train()
-        loss, reports = self._fitting(lambda: self._learn(parts, targets, tokens, step))
-        return self._settle(loss, reports, targets, tokens, lr)
+        read, reports = self._fitting(lambda: self._summands(*self._learn(parts, targets, tokens, step)), counts)
+        return self._settle(read, reports, lr)
 
     def _learn(self, parts: Sequence[Any], targets: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, list[Report]]:
         """Loss, reports and gradients of the window."""
@@ -170,24 +171,26 @@ class Engine(ABC):
             self.planner.think()  # unless the backward pass of copies has asked already
         return loss, reports or []
 
-    def _fitting(self, run: Callable[[], Any]) -> Any:
-        """What `run` returns, run again without fixed buffers if on any rank they were too small for its tokens."""
+    def _summands(self, loss: Tensor, reports: list[Report]) -> tuple[Tensor, list[Report]]:
+        """What is summed over ranks to judge a step, as one vector: loss, squared gradients and reports."""
+        total = sum((squares(g) for g in self.counted(self.gradients())), torch.zeros_like(loss))
+        return balance.pack(torch.stack([loss, total]), reports), reports
+
+    def _fitting(self, run: Callable[[], tuple[Tensor, list[Report]]], counts: Tensor) -> tuple[Figures, list[Report]]:
+        """Figures and reports of `run`, which is run again without fixed buffers if on any rank they were too small."""
         fixed = [dispatcher for dispatcher in self.dispatchers if dispatcher.how == "fixed"]
-        if not fixed:
-            return run()
         try:
             for dispatcher in fixed:
                 dispatcher.exact = False
-            result = run()
+            mine, reports = run()
         finally:
             for dispatcher in fixed:
                 dispatcher.exact = True
-        seen = [d.overflowed for d in fixed if d.overflowed is not None]
-        overflowed = sum_ranks(torch.stack(seen).sum()[None]) if seen else torch.zeros(1)
-        for dispatcher in fixed:
-            dispatcher.overflowed = None
-            dispatcher.check()
-        return run() if to_host(overflowed).item() else result
+        found = read(mine, counts, fixed)
+        if found.overflowed:
+            mine, reports = run()
+            found = read(mine, counts, [])
+        return found, reports
 
     def foresight(self) -> list[Any]:
         """What the next placements of experts follow from beside the canonical state, of each group of expert ranks, as JSON.
@@ -241,10 +244,13 @@ class Engine(ABC):
         """Losses of a held-out batch, summed over ranks; changes nothing. Every rank must call it as often."""
         batch = self._here(batch)
         self.model.eval()
-        out = self._fitting(lambda: self.model(*batch, step=step))
-        figures = balance.pack(torch.stack([out.loss.double(), _targets(batch).double()]), out.reports)
-        figures = to_host(sum_ranks(figures))
-        return Evaluated(figures[0], int(figures[1]), balance.unpack(figures[2:], out.reports))
+
+        def run() -> tuple[Tensor, list[Report]]:
+            out = self.model(*batch, step=step)
+            return balance.pack(torch.stack([out.loss.double(), _targets(batch).double()]), out.reports), out.reports
+
+        found, reports = self._fitting(run, torch.empty(0, dtype=torch.int64, device=self.mesh.device))
+        return Evaluated(found.sums[0], int(found.sums[1]), balance.unpack(found.sums[2:], reports))
 
     def canonical_state(self) -> dict[str, Tensor]:
         """Everything learned, under names and shapes that no layout changes; the live tensors, but copies of experts that
@@ -338,18 +344,14 @@ class Engine(ABC):
         window.add(seen or [])
         window.complete()
 
-    def _settle(self, loss: Tensor, reports: list[Report], targets: Tensor, tokens: Tensor, lr: float) -> StepResult:
-        """Clip, step and update the routers, or, on every rank alike, skip; all figures travel in one vector."""
-        gradients = self.gradients()
-        total = sum((squares(g) for g in self.counted(gradients)), torch.zeros_like(loss))
-        with stage("wait for figures"):
-            figures = to_host(sum_ranks(balance.pack(torch.stack([loss, total]), reports)))
-        counts = torch.stack([targets, tokens]).cpu()
+    def _settle(self, read: Figures, reports: list[Report], lr: float) -> StepResult:
+        """Clip, step and update the routers, or, on every rank alike, skip."""
+        figures, counts = read.sums, read.counts
         norm, totals = figures[1].sqrt(), balance.unpack(figures[2:], reports)
         applied = math.isfinite(figures[0]) and math.isfinite(norm)
         if applied:
             if self.clip is not None and norm > self.clip:
-                torch._foreach_mul_(gradients, self.clip / norm.item())
+                torch._foreach_mul_(self.gradients(), self.clip / norm.item())
             self.optimizers.step(lr)
             self._publish()
             balance.update(self.routers, totals, self.mesh.device)

@@ -62,7 +62,8 @@ class Rotary:
 
     scaling: "linear" divides positions by `factor` (Chen et al., 2023); "llama3" stretches only wavelengths long against
         `original`; "yarn" blends by the number of turns within `original` and sharpens attention (Peng et al., 2023).
-    No buffer and no parameter, so that a model built on the meta device needs nothing restored.
+    No buffer and no parameter, so that a model built on the meta device needs nothing restored, and moves leave float64 alone: the
+    frequencies are made once on each device, and inside the graph where the first call is captured or compiled.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Rotary:
         beta_fast: float = 32.0,
         beta_slow: float = 1.0,
     ) -> None:
+        self.made: dict[torch.device, Tensor] = {}
         plain = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
         self.magnitude = 1.0
         if scaling == "none":
@@ -92,10 +94,20 @@ class Rotary:
 
     def __call__(self, position: Int[Tensor, "b s"], dtype: torch.dtype) -> tuple[Float[Tensor, "b s 1 half"], Float[Tensor, "b s 1 half"]]:
         """Cosine and sine of every angle, from float64 angles: float32 ones are wrong in the third digit at position 100,000."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position.device)
-        angle = position[..., None, None].double() * frequencies
+        angle = position[..., None, None].double() * self._frequencies(position.device)
         dtype = torch.promote_types(dtype, torch.float32)
         return (angle.cos() * self.magnitude).to(dtype), (angle.sin() * self.magnitude).to(dtype)
+
+    def _frequencies(self, device: torch.device) -> Float[Tensor, " half"]:
+        if device in self.made:
+            return self.made[device]
+        # fills, which need no copy from the host and no wait
+        made = torch.stack([torch.full((), f, dtype=torch.float64, device=device) for f in self.frequencies])
+        if torch.compiler.is_compiling() or type(made) is not Tensor:
+            return made
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else only a replay computes it
+            self.made[device] = made
+        return made
 
 
 def rotate(x: Float[Tensor, "b s h e"], cos: Float[Tensor, "b s 1 half"], sin: Float[Tensor, "b s 1 half"]) -> Float[Tensor, "b s h e"]:

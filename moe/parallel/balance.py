@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 from moe.model.moe_layer import Report
 from moe.parallel.collectives import sum_ranks
+from moe.parallel.host_copy import to_device
 from moe.routers.base import Router
 
 
@@ -77,10 +78,12 @@ def unpack(vector: Tensor, like: Sequence[Report]) -> list[Report]:
 
 @torch.no_grad()
 def update(routers: Sequence[Router], reports: Sequence[Report], device: torch.device) -> None:
-    """Let each router learn from a global batch that was applied; `reports` are totals over ranks and the window."""
-    for router, report in zip(routers, reports, strict=True):
-        load = report.stats.get("demand", report.load)  # what was asked for, dropped or not
-        router.update(load.to(device), int(report.stats["tokens"]))
+    """Let each router learn from a global batch that was applied; `reports` are totals over ranks and the window, on the host."""
+    learning = [(router, report) for router, report in zip(routers, reports, strict=True) if type(router).update is not Router.update]
+    loads = [report.stats.get("demand", report.load) for _, report in learning]  # what was asked for, dropped or not
+    there = to_device(torch.cat(loads), device).split([len(load) for load in loads]) if loads else ()
+    for (router, report), load in zip(learning, there, strict=True):
+        router.update(load, int(report.stats["tokens"]))
 
 
 def _values(report: Report) -> list[Tensor]:
