@@ -115,3 +115,11 @@ def test_texts_of_nccl_and_gloo_become_our_sentence(monkeypatch, capsys, text, s
     monkeypatch.setattr(deadline, "_roll_call", None)
     assert launch._report(dist.DistBackendError(text), 1) == CollectiveTimeout.exit_code
     assert says in capsys.readouterr().err
+
+
+def test_the_launcher_hears_of_a_bounded_wait_as_of_a_hang(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_LAUNCH", str(tmp_path))
+    monkeypatch.setenv("RANK", "2")
+    assert launch._report(CollectiveTimeout("no answer from rank 1"), CollectiveTimeout.exit_code) == CollectiveTimeout.exit_code
+    (verdict,) = launch._verdicts(tmp_path)
+    assert (verdict["rank"], verdict["hung"], verdict["message"], verdict["traceback"]) == (2, True, "no answer from rank 1", "")
