@@ -158,7 +158,7 @@ class Recipe(Settings):
             idle["parallel.replicas"] = f"with engine.name={self.engine.name}"
         if self.model.moe is None:
             dense = ["optimizer.decay_router", "train.balance_window"] + ["engine.recompute"] * (self.engine.recompute == "experts")
-            dense += ["parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room"]
+            dense += ["parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room", "parallel.overlap"]
             idle |= dict.fromkeys(dense, "in a dense model (model.moe=null)")
         if self.parallel.expert_ranks == 1:
             idle["log.stages"] = "with parallel.expert_ranks=1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from moe.shapes import Float
 from moe.tables import entry
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+class Part(NamedTuple):
+    """Work that is still to come: a part of the tokens, while others are sent.
+
+    FSDP's hooks look for tensors among a module's arguments, to see when their gradients are there: so they stand by themselves.
+    """
+
+    inputs: tuple[Tensor, ...]  # may not be filled yet
+    rows: Callable[..., Rows]  # waits for the inputs
+    then: Callable[[Tensor], Tensor]  # called with the sums as soon as they are computed; its result is returned
 
 
 class Experts(nn.Module):
@@ -48,12 +59,15 @@ class Experts(nn.Module):
         """What a router that reads experts wants to know of those at hand."""
         return router.summary(self.up, self.down)
 
-    def forward(self, rows: Rows) -> Float[Tensor, "m d"]:
+    def forward(self, work: Rows | list[Part]) -> Any:
+        """Each vector's sum, or with several parts what each of them makes of it; weights are gathered once for all of them."""
         with self.observer.stage("experts"):
-            return self._multiply(rows)
+            weights = self.gather(ExpertWeights(self.up, self.down))
+            if isinstance(work, Rows):
+                return self._multiply(work, weights)
+            return [part.then(self._multiply(part.rows(*part.inputs), weights)) for part in work]
 
-    def _multiply(self, rows: Rows) -> Float[Tensor, "m d"]:
-        weights = self.gather(ExpertWeights(self.up, self.down))
+    def _multiply(self, rows: Rows, weights: ExpertWeights) -> Float[Tensor, "m d"]:
         dtype = rows.x.dtype
         weights = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), self.in_place)
         if len(weights.up) == 0:  # no expert is here, but other ranks wait for this one in the backward pass

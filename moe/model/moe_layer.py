@@ -52,6 +52,8 @@ class MoELayer(nn.Module):
         self.num_experts = experts
         self.router = router if isinstance(router, Router) else build(router, d_model, experts)
         self.dispatcher: Dispatcher = LocalDispatcher(experts)
+        # The seam that orders dispatch, experts and combine: in turn, or tokens in chunks that overlap.
+        self.pipeline: Callable[[MoELayer, Tensor, Routing], Tensor] = MoELayer._in_turn
         # The seam through which summaries of experts that live elsewhere come, for routers that read experts.
         self.gather_summary: Callable[[Tensor], Tensor] = lambda summary: summary
         # A stream beside the main one on which shared experts run while tokens travel; None: in turn.
@@ -79,15 +81,8 @@ class MoELayer(nn.Module):
 
     def compute(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         """Everything after the decision: a pure function of its inputs, which may run again in the backward pass."""
-        see = self.observer
         shared = self._shared_beside(x)
-        with see.stage("dispatch"):
-            rows, ticket = self.dispatcher.dispatch(see.border(x, "dispatch", None), routing)
-        see.dispatched(rows)
-        y = self.experts(rows._replace(x=see.border(rows.x, "experts", "dispatch")))
-        with see.stage("combine"):
-            out = self.dispatcher.combine(see.border(y, "combine", "experts"), ticket)
-        out = see.border(out, None, "combine")
+        out = self.pipeline(self, x, routing)
         if routing.output_scale is not None:
             out = out * routing.output_scale.to(out.dtype)
         if self.shared is None:
@@ -98,6 +93,16 @@ class MoELayer(nn.Module):
         self.beside.join()
         self.beside.hand_back(shared)
         return out + shared
+
+    def _in_turn(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        see = self.observer
+        with see.stage("dispatch"):
+            rows, ticket = self.dispatcher.dispatch(see.border(x, "dispatch", None), routing)
+        see.dispatched(rows)
+        y = self.experts(rows._replace(x=see.border(rows.x, "experts", "dispatch")))
+        with see.stage("combine"):
+            out = self.dispatcher.combine(see.border(y, "combine", "experts"), ticket)
+        return see.border(out, None, "combine")
 
     def _shared(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
         assert self.shared is not None

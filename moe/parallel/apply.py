@@ -22,6 +22,7 @@ from moe.parallel.collectives import total_over_ranks
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.fssdp import Home, Materialise
 from moe.parallel.mesh import Mesh
+from moe.parallel.overlap import Overlap
 from moe.parallel.reshard import of_all_experts
 
 
@@ -54,6 +55,8 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
         if block.moe is not None:
             share_out(block.moe, number, grid, mesh)
             block.moe.beside = side
+            if mesh.overlap > 1:
+                block.moe.pipeline = Overlap(mesh.overlap)
     if mesh.copies is not None and mesh.copies.active:
         # another group than the tokens': expert replicas are sent while tokens are
         group = mesh.group("replicas of experts", torch.arange(mesh.world).view(-1, mesh.expert_ranks).tolist())
@@ -95,5 +98,7 @@ def _materialise(block: Any, group: Any, mesh: Mesh, home: Home) -> None:
     layer.dispatcher.node = node
     gather.place(layer.dispatcher.placement)
     layer.dispatcher.leaving, layer.dispatcher.returned = gather.pass_on, home.set_out
-    layer.experts.gather, layer.experts.grouped_mlp = gather, gather.around(layer.experts)
+    layer.experts.gather = gather
+    if again:
+        layer.experts.grouped_mlp = gather.around(layer.experts)
     block.register_forward_pre_hook(lambda *_: gather.begin(ExpertWeights(layer.experts.up, layer.experts.down)))

@@ -8,7 +8,8 @@ part in every exchange, tokens or none.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,27 +20,14 @@ from torch.nn.functional import pad
 
 from moe.errors import ConfigError, RankMismatch
 from moe.kernels.auto import sort
-from moe.kernels.permute import bring_home
 from moe.kernels.reference import Rows
 from moe.kernels.sort import Sorted, permuted
 from moe.parallel.collectives import exchange, exchange_into
 from moe.parallel.host_copy import to_device, to_host
+from moe.parallel.in_flight import Outgoing, Route, start_combine, start_dispatch, wait_combine, wait_dispatch
 from moe.parallel.placement import Placement, choices, even
 from moe.routers.base import Routing
 from moe.shapes import Float, Int
-
-
-class Route(NamedTuple):
-    """How vectors travel: outward, vector i is token[i]; homeward, token t is the sum of the vectors in slots[t]."""
-
-    token: Int[Tensor, " s"]  # as many as there are tokens, for none
-    slots: Int[Tensor, "t k"] | None  # s for none; None: as `token` says
-    tokens: int
-    send: list[int]  # vectors to each rank of the group
-    receive: list[int]  # vectors from each
-    group: Any
-    gaps: bool = False  # whether any vector may be none
-    returned: Callable[[], None] = lambda: None  # called once gradients of what went outward are back
 
 
 class Places(NamedTuple):
@@ -58,6 +46,14 @@ class Told(NamedTuple):
     out: Int[Tensor, "r c"]  # to each rank, on the host
     came: Int[Tensor, "r c"]  # from each, on the host
     there: Int[Tensor, "r c"]  # from each, on the device
+
+    def split(self, widths: list[int]) -> list[Told]:
+        """Those of each of several calls, whose rows lie side by side."""
+        return [Told(*parts) for parts in zip(*(counts.split(widths, 1) for counts in self), strict=True)]
+
+
+# A way to exchange tokens: yields a row of integers for each rank, is sent those of the others, and yields what is to be sent.
+Exchange = Generator[Any, Any, None]
 
 
 class AllToAll:
@@ -118,13 +114,47 @@ class AllToAll:
         )
 
     def dispatch(self, x: Float[Tensor, "t d"], routing: Routing) -> tuple[Rows, Route]:
+        (out,) = self.prepare(x, routing)
+        x, values, under_way = start_dispatch(out)
+        return wait_dispatch(x, values, out, under_way), out.route
+
+    def prepare(self, x: Float[Tensor, "t d"], routing: Routing, chunks: int = 1) -> list[Outgoing]:
+        """What is to be sent, in contiguous chunks of the tokens; all their counts are exchanged at once.
+
+        Of a router without a fan-out, the list of assignments is cut instead: its chunks may name the same tokens.
+        """
         if self.ask is not None:
             self.given = self.ask(_counted(routing.expert, self.num_experts + 1)[:-1])
             self.now = self.ahead if self.given is self.placement else self._places(self.given)
-        key = self._keys(routing.expert)
-        send = _fixed if self.how == "fixed" and not self.exact else _once if self.how == "tokens" else _each
-        rows, route = send(self, x, routing, key, sort(key, self.ranks * self.now.width))
-        return rows._replace(counts=rows.counts[: self.now.here]), route
+        fixed = self.how == "fixed" and not self.exact
+        exchange = _fixed if fixed else _once if self.how == "tokens" else _each
+        steps = [exchange(self, *part) for part in self._cut(x, routing, self._keys(routing.expert), chunks)]
+        counts = [next(step) for step in steps]
+        widths = [each.shape[1] for each in counts]
+        answer = (self.sealed if fixed else self.tell)(torch.cat(counts, 1))
+        of_chunks = answer.split(widths, 1) if isinstance(answer, Tensor) else answer.split(widths)
+        self.leaving()
+        return [step.send(of_chunk) for step, of_chunk in zip(steps, of_chunks, strict=True)]
+
+    def _cut(self, x: Tensor, routing: Routing, key: Tensor, chunks: int) -> list[tuple[Tensor, Routing, Tensor, Sorted]]:
+        """Tokens, routing, keys and their order, of each chunk; one sort by (chunk, key) orders all of them."""
+        keys, k = self.ranks * self.now.width, routing.fan_out
+        if chunks == 1:
+            return [(x, routing, key, sort(key, keys))]
+        whole = len(x) if k else len(key)
+        ends = [whole * number // chunks for number in range(chunks + 1)]
+        tokens = [end - begin for begin, end in pairwise(ends)]
+        rows = [count * (k or 1) for count in tokens]
+        by_chunk = [part + number * (keys + 1) for number, part in enumerate(key.split(rows))]
+        order, position, counts = sort(torch.cat(by_chunk), chunks * (keys + 1))
+        found, scales = [], [None] * chunks if routing.gradient_scale is None else routing.gradient_scale.split(rows)
+        parts = (routing.token, routing.expert, routing.weight, key, order, position)
+        vectors, kept = x.split(tokens) if k else [x] * chunks, counts.view(chunks, keys + 1)[:, :keys]
+        for number, (token, expert, weight, of_key, lies, at) in enumerate(zip(*(part.split(rows) for part in parts), strict=True)):
+            first = ends[number] * (k or 1)
+            part = routing._replace(token=token - ends[number] if k else token, expert=expert, weight=weight, gradient_scale=scales[number])
+            found.append((vectors[number], part, of_key, Sorted(lies - first, at - first, kept[number])))
+        return found
 
     def _keys(self, expert: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Of each row, destination * width + place of its expert there."""
@@ -137,7 +167,8 @@ class AllToAll:
         return keys[expert, (among + self.rank) % number[expert]]
 
     def combine(self, y: Float[Tensor, "m d"], ticket: Route) -> Float[Tensor, "t d"]:
-        return _Homeward.apply(y, ticket)
+        rows, under_way = start_combine(y, ticket)
+        return wait_combine(rows, ticket, under_way)
 
     def tell(self, counts: Int[Tensor, "r c"]) -> Told:
         """A row of counts to each rank: what went out, and what came in. Waits for the device: the one wait of a call."""
@@ -190,22 +221,24 @@ class AllToAll:
             )
 
 
-def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
+def _each(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> Exchange:
     """One vector a row."""
     order, position, counts = by_key
-    told = to.tell(to.by_rank(counts))
+    told = yield to.by_rank(counts)
     send, receive = told.out.sum(1).tolist(), told.came.sum(1).tolist()
     token, slots = routing.token[order[: sum(send)]], None
     if routing.fan_out is not None:  # drops, which sort last, become "none"
         slots = position.clamp(max=sum(send)).view(-1, routing.fan_out)
     route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
-    to.leaving()
-    x, values = _Outward.apply(x, _values(routing, order[: sum(send)], position), route, send, receive)
-    into, place, held = sort(_experts(told.there, sum(receive)), to.now.width)
-    return _rows(x, into, permuted(values, into, place), held, place[:, None], routing), route
+
+    def arrived(x: Tensor, values: Tensor) -> Rows:
+        into, place, held = sort(_experts(told.there, sum(receive)), to.now.width)
+        return _rows(x, into, permuted(values, into, place), held[: to.now.here], place[:, None], routing)
+
+    yield Outgoing(x, _values(routing, order[: sum(send)], position), route, send, receive, arrived)
 
 
-def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
+def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> Exchange:
     """One vector for all rows of a token that go to the same rank.
 
     Vectors are numbered by (destination, token). All rows are looked at, drops too, because how many there are is not known yet:
@@ -220,7 +253,7 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
     table = pair.new_zeros((ranks + 1) * tokens).scatter_(0, pair, 1)
     vector = (table.cumsum(0) - 1)[pair]
     vectors = table.view(ranks + 1, tokens)[:ranks].sum(1)
-    told = to.tell(torch.cat([to.by_rank(counts), vectors[:, None]], 1))
+    told = yield torch.cat([to.by_rank(counts), vectors[:, None]], 1)
     send, receive = told.out[:, -1].tolist(), told.came[:, -1].tolist()
     rows_out, rows_in = told.out[:, :-1].sum(1).tolist(), told.came[:, :-1].sum(1).tolist()
     kept = order[: sum(rows_out)]
@@ -228,19 +261,21 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
     slots = _distinct(vector, position, routing.fan_out, sum(send))
     token = vector.new_empty(sum(send)).scatter_(0, vector, routing.token[kept])
     route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
-    to.leaving()
     mine = vector - (vectors.cumsum(0) - vectors)[destination]  # which of the vectors that its rank gets
     among = mine.new_empty(sum(rows_in))
     work = exchange_into(among, mine, rows_out, rows_in, to.group, "counts")
-    x, values = _Outward.apply(x, _values(routing, kept, position), route, rows_out, rows_in)
-    work.wait()
-    came, arrived = told.there[:, :-1], told.there[:, -1]
-    index = among + _repeated(arrived.cumsum(0) - arrived, came.sum(1), sum(rows_in))
-    into, at, held = sort(_experts(came, sum(rows_in)), to.now.width)
-    return _rows(x, index[into], permuted(values, into, at), held, None, routing), route
+
+    def arrived(x: Tensor, values: Tensor) -> Rows:
+        work.wait()
+        came, of_rank = told.there[:, :-1], told.there[:, -1]
+        index = among + _repeated(of_rank.cumsum(0) - of_rank, came.sum(1), sum(rows_in))
+        into, at, held = sort(_experts(came, sum(rows_in)), to.now.width)
+        return _rows(x, index[into], permuted(values, into, at), held[: to.now.here], None, routing)
+
+    yield Outgoing(x, _values(routing, kept, position), route, rows_out, rows_in, arrived)
 
 
-def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> tuple[Rows, Route]:
+def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted) -> Exchange:
     """Buffers of one size for all ranks, which hold as many tokens each; free places count as dropped rows."""
     if routing.fan_out is None:
         raise ConfigError(
@@ -259,14 +294,17 @@ def _fixed(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorte
     def placed(values: Tensor, empty: float) -> Tensor:
         return values.new_full((places + 1, *values.shape[1:]), empty).index_copy(0, place, values)[:places]
 
-    slots = None if routing.fan_out is None else place[position].view(-1, routing.fan_out)
+    slots = place[position].view(-1, routing.fan_out)
     equal = [room] * to.ranks
-    route = Route(placed(routing.token[order], len(x)), slots, len(x), equal, equal, to.group, gaps=True, returned=to.returned)
-    expert = to.sealed(placed(key[order] % to.now.width, to.now.width).view(to.ranks, room))
-    to.leaving()
-    x, values = _Outward.apply(x, placed(_values(routing, order, position), 0), route, equal, equal)
-    into, at, held = sort(expert.flatten(), to.now.width)
-    return _rows(x, into, permuted(values, into, at), held, at[:, None], routing), route
+    # free places are filled with the first token, which costs no copy of x with a row of zeros behind it
+    route = Route(placed(routing.token[order], 0), slots, len(x), equal, equal, to.group, returned=to.returned)
+    expert = yield placed(key[order] % to.now.width, to.now.width).view(to.ranks, room)
+
+    def arrived(x: Tensor, values: Tensor) -> Rows:
+        into, at, held = sort(expert.flatten(), to.now.width)
+        return _rows(x, into, permuted(values, into, at), held[: to.now.here], at[:, None], routing)
+
+    yield Outgoing(x, placed(_values(routing, order, position), 0), route, equal, equal, arrived)
 
 
 def _values(routing: Routing, order: Tensor, position: Tensor) -> Float[Tensor, "n c"]:
@@ -299,56 +337,6 @@ def _distinct(vector: Tensor, position: Tensor, fan_out: int | None, none: int) 
     repeated = torch.zeros_like(slots, dtype=torch.bool)
     repeated[:, 1:] = slots[:, 1:] == slots[:, :-1]
     return slots.masked_fill(repeated, none)
-
-
-class _Outward(torch.autograd.Function):
-    """Tokens, and side by side with them the values of their rows, of which so many go to each rank and come from it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, route: Route, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
-        ctx.route, ctx.send, ctx.receive = route, send, receive
-        came = values.new_empty(sum(receive), values.shape[1])
-        work = exchange_into(came, values, send, receive, route.group, "tokens")
-        rows = _outward(x, route)
-        work.wait()
-        return rows, came
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        route, (of_rows, of_values) = ctx.route, (grad.contiguous() for grad in grads)
-        came = of_values.new_empty(sum(ctx.send), of_values.shape[1])
-        work = exchange_into(came, of_values, ctx.receive, ctx.send, route.group, "tokens")
-        x = _homeward(of_rows, route)
-        work.wait()
-        route.returned()
-        return x, came, None, None, None
-
-
-class _Homeward(torch.autograd.Function):
-    """Sums of what the experts made of tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return _homeward(y, route)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _outward(grads[0].contiguous(), ctx.route), None
-
-
-def _outward(x: Float[Tensor, "t d"], route: Route) -> Float[Tensor, "m d"]:
-    if route.gaps:
-        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    return exchange(x.index_select(0, route.token), route.send, route.receive, route.group, "tokens")
-
-
-def _homeward(y: Float[Tensor, "m d"], route: Route) -> Float[Tensor, "t d"]:
-    rows = exchange(y, route.receive, route.send, route.group, "tokens")
-    if route.slots is not None:
-        return bring_home(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), route.token, route.slots, route.tokens)
-    exact = rows if rows.dtype == torch.float64 else rows.float()
-    return bring_home(exact, route.token, None, route.tokens + 1)[: route.tokens].to(rows.dtype)
 
 
 def _counted(expert: Int[Tensor, " n"], experts: int) -> Int[Tensor, " e"]:

@@ -77,6 +77,8 @@ class Layout(Settings):
     # a fixed size, for which no rank waits, and a step that does not fit runs again.
     exchange: Literal["rows", "tokens", "fixed"] = "rows"
     exchange_room: float = Field(default=2.0, gt=0)  # fixed: size of a buffer, as a multiple of an even share
+    # Chunks of a layer's tokens whose all-to-alls overlap with the experts of other chunks; 1: none do.
+    overlap: PositiveInt = 1
     copies: Copies = Field(default_factory=Copies)
     hardware: Hardware = Field(default_factory=Hardware)
     machine_ranks: PositiveInt | None = None  # ranks on one machine; null: as torchrun started them
@@ -87,7 +89,7 @@ class Layout(Settings):
         if not self.copies.active:
             of_policy = ["machine_ranks", *(f"hardware.{name}" for name in Hardware.model_fields)]
             idle |= dict.fromkeys(of_policy, "with parallel.copies.policy=even")
-        of_groups = ("exchange", "exchange_room", "copies.policy", "copies.owners", "machine_ranks")
+        of_groups = ("exchange", "exchange_room", "overlap", "copies.policy", "copies.owners", "machine_ranks")
         alone = dict.fromkeys(of_groups, "with parallel.expert_ranks=1")
         return idle if self.expert_ranks > 1 else {**idle, **alone}
 
@@ -98,6 +100,16 @@ class Layout(Settings):
                 "exchange",
                 f"parallel.exchange=fixed is for ranks that wait for nobody's loads, and parallel.copies.chosen={self.copies.chosen} waits "
                 "for them; choose parallel.exchange=rows or tokens, or parallel.copies.chosen=ahead",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gathers_once(self) -> Layout:
+        if self.overlap > 1 and self.copies.policy != "even" and self.copies.rematerialise:
+            raise wrong(
+                "overlap",
+                f"parallel.overlap={self.overlap} runs a layer's experts once for each chunk, and parallel.copies.rematerialise=true "
+                "would fetch their copies again for each; choose parallel.copies.rematerialise=false or parallel.overlap=1",
             )
         return self
 

@@ -43,6 +43,7 @@ class Mesh:
     expert_ranks: int = 1
     exchange: str = "rows"
     exchange_room: float = 2.0
+    overlap: int = 1
     copies: Copies | None = None
     hardware: Hardware | None = None
     machine_ranks: int = 1_000_000  # ranks on one machine
@@ -166,7 +167,7 @@ def start(layout: Layout) -> Mesh:
         _prepare(control, timeout, torch.device("cpu"))
         deadline.arm(timeout)
     machine = layout.machine_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shape = (layout.expert_ranks, layout.exchange, layout.exchange_room, layout.copies, layout.hardware, machine)
+    shape = (layout.expert_ranks, layout.exchange, layout.exchange_room, layout.overlap, layout.copies, layout.hardware, machine)
     return Mesh(rank, world, local_rank, device, layout.replicas, timeout, control, *shape)
 
 

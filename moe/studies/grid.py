@@ -22,7 +22,8 @@ _DENSE = "dense"
 _WIDEST = 1 << 17  # d_model that is looked at
 _FEWEST = 10  # steps after the warm-up, without which nothing is learned
 _IDLE_IN_DENSE = (
-    "optimizer.decay_router", "train.balance_window", "parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room", "log.stages",
+    "optimizer.decay_router", "train.balance_window", "parallel.expert_ranks", "parallel.exchange", "parallel.exchange_room",
+    "parallel.overlap", "log.stages",
 )  # fmt: skip
 
 

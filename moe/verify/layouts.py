@@ -21,6 +21,7 @@ SETTINGS = {
     "replicas": "parallel.replicas",
     "exchange": "parallel.exchange",
     "exchange_room": "parallel.exchange_room",
+    "overlap": "parallel.overlap",
     "policy": "parallel.copies.policy",
     "copies": "parallel.copies.copies",
     "hidden": "parallel.copies.hidden",
@@ -39,7 +40,7 @@ SETTINGS = {
     "compile": "engine.compile",
 }
 _EXTRAS = {"deepspeed": "deepspeed"}  # engine → the package that it needs
-_NUMBERS = ("ranks", "expert_ranks", "replicas", "accumulate", "copies", "hidden", "window", "owners_every", "machine_ranks")
+_NUMBERS = ("ranks", "expert_ranks", "replicas", "accumulate", "overlap", "copies", "hidden", "window", "owners_every", "machine_ranks")
 
 Layout = dict[str, Any]  # short name of a setting → its value; always "engine" and "ranks"
 
@@ -75,6 +76,8 @@ def words(recipe: Recipe, layout: Layout) -> list[str]:
         if "exchange" not in layout:
             found.append(f"parallel.exchange={parallel.exchange}")
             found += [f"parallel.exchange_room={parallel.exchange_room}"] if parallel.exchange == "fixed" else []
+        if parallel.overlap > 1 and "overlap" not in layout and not layout.get("rematerialise"):
+            found.append(f"parallel.overlap={parallel.overlap}")
         if "policy" not in layout and parallel.copies.active and layout["engine"] != "deepspeed":  # which cannot
             idle = parallel.copies.model_copy(update={name: value for name, value in layout.items() if name in Copies.model_fields}).idle()
             found += [f"parallel.copies={json.dumps({k: v for k, v in parallel.copies.model_dump().items() if k not in idle})}"]
@@ -139,6 +142,8 @@ def _every_kind(recipe: Recipe) -> list[Layout]:
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 4},
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 2, **accumulated},
             {"engine": "fsdp2", "ranks": 4, "replicas": 2, "expert_ranks": 2},
+            {"engine": "ddp", "ranks": 2, "expert_ranks": 2, "overlap": 2},
+            {"engine": "fsdp2", "ranks": 4, "expert_ranks": 2, "exchange": "tokens", "overlap": 3, **accumulated},
             {"engine": "fsdp2", "ranks": 4, "expert_ranks": 4, "policy": "hecate", "machine_ranks": 2},
             {"engine": "ddp", "ranks": 2, "expert_ranks": 2, "policy": "hecate", "hidden": 2, "chosen": "after", "rematerialise": True},
         ]
