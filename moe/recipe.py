@@ -198,6 +198,17 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _fixed_buffers_fit(self) -> Recipe:
+        moe = self.model.moe
+        if moe is not None and self.parallel.exchange == "fixed" and self.model.router().fan_out_varies:
+            raise wrong(
+                "parallel.exchange",
+                "parallel.exchange=fixed needs a router that gives every token as many experts, and with model.moe.router.name="
+                f"{moe.router['name']} tokens differ; choose parallel.exchange=rows or tokens",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         sequence, context = self.data.sequence, self.model.context
         if sequence > context:

@@ -110,6 +110,18 @@ def test_a_dense_model_refuses_settings_of_routing(key):
         load([], ["model.moe=null", *DENSE[key]])
 
 
+@pytest.mark.parametrize("router", ["remoe", "{name: sparse_ot, side: experts, leak: allow}", "{name: dense_to_sparse, dense_steps: 2}"])
+def test_fixed_buffers_are_refused_where_tokens_differ_in_their_number_of_experts(router):
+    with pytest.raises(ConfigError, match=r"parallel\.exchange=fixed needs a router .* choose parallel\.exchange=rows or tokens"):
+        load([], [f"model.moe.router={router}", "parallel={expert_ranks: 2, exchange: fixed}"])
+    load([], [f"model.moe.router={router}", "parallel={expert_ranks: 2, exchange: tokens}"])
+
+
+@pytest.mark.parametrize("router", ["hash", "sparse_ot", "{name: dense_to_sparse, selection: best, evaluation: dense}"])
+def test_fixed_buffers_take_routers_that_give_every_token_as_many_experts(router):
+    load([], [f"model.moe.router={router}", "parallel={expert_ranks: 2, exchange: fixed}"])
+
+
 def test_muon_is_refused_where_matrices_are_cut():
     with pytest.raises(ConfigError, match=r"choose engine.name=ddp or optimizer.name=adamw"):
         load([], ["optimizer.name=muon", "engine.name=fsdp2"])

@@ -12,7 +12,7 @@ from moe.config import Choice, Settings, wrong
 from moe.errors import ConfigError
 from moe.kernels import GROUPED_MLP
 from moe.model.experts import Activation
-from moe.routers import ROUTERS, build
+from moe.routers import ROUTERS, Router, build
 
 
 class Rope(Settings):
@@ -143,11 +143,16 @@ class Model(Settings):
         if moe is None:
             return self
         try:
-            with torch.device("meta"):
-                build(moe.router, self.d_model, moe.experts)
+            self.router()
         except ConfigError as error:
             raise wrong("moe.router", f"model.moe.router: {error}") from None
         return self
+
+    def router(self) -> Router:
+        """The router of every sparse layer, without values."""
+        assert self.moe is not None
+        with torch.device("meta"):
+            return build(self.moe.router, self.d_model, self.moe.experts)
 
 
 def sparse_layers(settings: Model) -> list[bool]:

@@ -85,6 +85,8 @@ class Router(nn.Module):
 
     d_model: int
     num_experts: int
+    # Whether tokens may differ in their number of assignments in training (`Routing.fan_out` is None): fixed buffers refuse that.
+    fan_out_varies = False
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()

@@ -35,6 +35,8 @@ class Comet(Router):
     which no tree leads to are not evaluated, and the host waits for their number once a call.
     """
 
+    fan_out_varies = True
+
     def __init__(self, d_model: int, num_experts: int, *, k: int = 2, gamma: float = 1.0, entropy_loss: float = 0.01) -> None:
         super().__init__(d_model, num_experts)
         check_selectors(num_experts, k, gamma, "a tree")

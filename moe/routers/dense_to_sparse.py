@@ -65,6 +65,7 @@ class DenseToSparse(Router):
         self.noise, self.selection, self.threshold, self.counted = noise, selection, threshold, weight
         self.activation, self.evaluation, self.balance_loss = activation, evaluation, balance_loss
         self._check()
+        self.fan_out_varies = dense_steps > 0 or (selection == "threshold" and top_1_step != 0)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.register_parameter("bias", None if activation == "none" else nn.Parameter(torch.empty(num_experts)))
         self.reset_parameters()

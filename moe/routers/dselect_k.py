@@ -30,6 +30,7 @@ class DSelectK(Router):
 
     code_bias: Tensor | None
     selector_bias: Tensor | None
+    fan_out_varies = True
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ class ExpertChoice(Router):
     Ties go to the earlier token; a NaN token is taken by every expert, so that its weights show it.
     """
 
+    fan_out_varies = True
+
     def __init__(
         self,
         d_model: int,

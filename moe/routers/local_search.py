@@ -64,6 +64,7 @@ class LocalSearch(Router):
         self.iterations_start, self.iterations_end = iterations_start, iterations_end
         self._check()
         self.router = _build(router, d_model, num_experts)
+        self.fan_out_varies = steps > 0 or self.router.fan_out_varies
         self.k = getattr(self.router, "k", num_experts)  # once the permutation is found
         self.log_weights = nn.Parameter(torch.empty(num_experts, num_experts))
         self.register_buffer("permutation", torch.arange(num_experts))

@@ -28,6 +28,7 @@ class ReMoE(Router):
     """
 
     penalty: Tensor
+    fan_out_varies = True
 
     def __init__(self, d_model: int, num_experts: int, *, k: int = 2, penalty: float = 1e-8, penalty_rate: float = 1.2) -> None:
         super().__init__(d_model, num_experts)

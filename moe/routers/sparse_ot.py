@@ -55,6 +55,7 @@ class SparseOT(Router):
         if side == "experts" and leak != "allow":
             raise ConfigError(LEAK.format(name="sparse_ot with side=experts"))
         self.side, self.k, self.gamma, self.iterations, self.learning_rate = side, k, gamma, iterations, learning_rate
+        self.fan_out_varies = side == "experts"
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.reset_parameters()
 
