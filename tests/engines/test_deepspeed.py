@@ -76,7 +76,7 @@ def other_shapes(rank, world, name, stages):
     runs = []
     for stage in stages:
         rule = {"name": name, "optimizer": "sgd", "clip": None, **stage}
-        shapes = [mixed, {"recompute": "full"}, {"recompute": "experts", "exchange": "fixed", "room": 0.5}]
+        shapes = [mixed, {"recompute": "full", "overlap": 2}, {"recompute": "experts", "exchange": "fixed", "room": 0.5}]
         jobs = [job(**rule, accumulate=2, **shape) for shape in shapes] + [job(**rule, built=built(kind)) for kind in (AVG_K, Sparsest)]
         if stage.get("expert_ranks", 1) == 1:
             jobs.append(job(**rule, **dense))

@@ -51,9 +51,9 @@ def tokens_of(routing: Routing) -> int:
 
 
 def layer() -> MoELayer:
-    built = MoELayer(D, experts=E, d_expert=6).double()
+    built = MoELayer(D, experts=E, d_expert=6, d_shared=4).double()
     draw = torch.Generator().manual_seed(9)
-    for p in built.experts.parameters():
+    for p in built.parameters():
         p.data = torch.randn(p.shape, generator=draw, dtype=torch.float64)
     return built
 

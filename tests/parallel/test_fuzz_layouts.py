@@ -82,6 +82,8 @@ def layout(rng: random.Random, world: int, router: str) -> dict[str, Any]:
             chosen["exchange_room"] = rng.choice([0.5, 1.0, 4.0])
         elif rng.random() < 0.4:
             chosen |= copies(rng)
+        if not chosen.get("rematerialise") and rng.random() < 0.4:
+            chosen["overlap"] = rng.choice([2, 3])
     if replicas > 1:
         chosen["replicas"] = replicas
     if rng.random() < 0.5:

@@ -9,16 +9,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moe.model.experts import Experts
+from moe.parallel import expert_parallel
 from moe.parallel.collectives import recorded
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.in_flight import InFlight
 from moe.parallel.layout import Copies, Layout
 from moe.parallel.overlap import Overlap
 from moe.parallel.placement import owned
-from tests.parallel.test_expert_parallel import WAYS, E, job, layer, routings, through
+from tests.parallel.test_expert_parallel import WAYS, E, T, job, layer, routings, through
 from tests.workers import run_ranks
 
 
@@ -32,19 +34,20 @@ def sharded(rank: int, world: int, how: str, chunks: int):
     return built
 
 
-def in_chunks(rank, world):
+def in_chunks(rank, world, chunks):
     found = {}
     for how in WAYS:
         for name, routing in routings(rank, how).items():
-            for chunks in (2, 3, 5):  # of 12 tokens, and of none
-                built = sharded(rank, world, how, chunks)
-                found[how, name, chunks] = through(built, routing, *job(rank, routing))
+            many = world == 2 and name in ("drops", "uneven")
+            for number in (chunks, T + 1) if many else (chunks,):  # of T + 1 chunks one has no token
+                built = sharded(rank, world, how, number)
+                found[how, name, number] = through(built, routing, *job(rank, routing))
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_outputs_and_all_gradients_are_those_of_a_layer_that_has_all_experts(world):
-    ranks = run_ranks(world, in_chunks)
+@pytest.mark.parametrize(("world", "chunks"), [(2, 2), (4, 3)])
+def test_outputs_and_all_gradients_are_those_of_a_layer_that_has_all_experts(world, chunks):
+    ranks = run_ranks(world, in_chunks, chunks)
     assert any(name == "one rank has none" for _, name, _ in ranks[0])
     for case in ranks[0]:
         alone = [through(layer(), routings(rank)[case[1]], *job(rank, routings(rank)[case[1]])) for rank in range(world)]
@@ -61,22 +64,55 @@ def sent(rank, world):
     for how in WAYS:
         for chunks in (1, 3):
             built, routing = sharded(rank, world, how, chunks), routings(rank)["drops"]
-            with recorded() as ledger:
+            with recorded() as ledger, patch.object(expert_parallel, "to_host", wraps=expert_parallel.to_host) as waits:
                 through(built, routing, *job(rank, routing))
             kinds = [each.kind for each in ledger]
             volume = sum(each.bytes for each in ledger if each.kind == "tokens")
-            found[how, chunks] = kinds.count("counts"), kinds.count("tokens"), volume
+            found[how, chunks] = waits.call_count, kinds.count("counts"), kinds.count("tokens"), volume
     return found
 
 
-def test_counts_of_all_chunks_are_exchanged_at_once_and_tokens_as_often_as_in_one_piece():
+def test_counts_of_all_chunks_are_exchanged_and_read_at_once_and_no_token_is_sent_twice():
     for found in run_ranks(2, sent):
         for how in WAYS:
-            also = how == "tokens"  # which of the vectors each assignment reads
-            assert found[how, 1][:2] == (1 + also, 6)
-            assert found[how, 3][:2] == (1 + 3 * also, 18)
+            waits, also = how != "fixed", how == "tokens"  # also: which of the vectors each assignment reads
+            assert found[how, 1][:3] == (waits, 1 + also, 6)
+            assert found[how, 3][:3] == (waits, 1 + 3 * also, 18)
             if how == "rows":
-                assert found[how, 3][2] == found[how, 1][2]
+                assert found[how, 3][3] == found[how, 1][3]
+
+
+class Operators(TorchDispatchMode):
+    """Names of all that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().partition(".")[0].removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+COPIES = {"cat", "clone", "copy_", "stack", "contiguous"}
+
+
+def combined(rank, world):
+    """The operators of a combine, and of one whose outputs are copied first."""
+    built, routing = sharded(rank, world, "rows", 1), routings(rank)["drops"]
+    x, _ = job(rank, routing)
+    rows, route = built.dispatcher.dispatch(x, routing)
+    outputs, found = torch.randn_like(rows.x), []
+    for copied in (False, True):
+        with Operators() as seen:
+            built.dispatcher.combine(torch.cat([outputs[:0], outputs]) if copied else outputs, route)
+        found.append(seen.names & COPIES)
+    return found
+
+
+def test_outputs_that_come_back_are_summed_where_they_arrive_without_a_copy():
+    for found in run_ranks(2, combined):
+        assert found == [set(), {"cat"}]
 
 
 @contextmanager

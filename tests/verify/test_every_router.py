@@ -17,7 +17,7 @@ from tests.verify.on_ranks import rows
 DEBUG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 LAYOUTS = (
     "engine=ddp,ranks=4,expert_ranks=4,exchange=tokens,accumulate=2,balance_window=exact",
-    "engine=fsdp2,ranks=4,expert_ranks=2,recompute=full",
+    "engine=fsdp2,ranks=4,expert_ranks=2,recompute=full,overlap=3",
     "engine=fsdp2,ranks=4,replicas=2,accumulate=2,balance_window=exact",
     "engine=fsdp2,ranks=4,expert_ranks=2,policy=hecate,hidden=6,chosen=after,rematerialise=true,machine_ranks=1,accumulate=2,balance_window=exact",
     "engine=ddp,ranks=4,expert_ranks=4,policy=cost,chosen=both,machine_ranks=2,tflops=1e-5",
