@@ -13,7 +13,8 @@ recorded last first: gradients of C2 and C1 leave, E2 computes while those of C1
 
 Experts are called once with all chunks, so that their weights are gathered once, by FSDP's hooks or by FSSDP. Each chunk adds its
 part to the weights' gradients, the last chunk first: the same sum as in one piece but for the order of its terms, and the same bits
-every time.
+every time. Under activation checkpointing, the recomputation sends again the combine of every chunk but the last, which one piece
+does not need: it would know only after the last chunk's experts that nothing more is asked for.
 """
 
 from __future__ import annotations
