@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from moe.shapes import Float, Int
 
 
-def bring_home(y: Float[Tensor, "n d"], index: Int[Tensor, " n"], slots: Int[Tensor, "m k"] | None, vectors: int) -> Float[Tensor, "m d"]:
-    """Sum of each vector's rows, without a gradient; `slots` says where its k rows lie, if every vector has k of them."""
+def bring_home(y: Float[Tensor, "r d"], index: Int[Tensor, " n"], slots: Int[Tensor, "m k"] | None, vectors: int) -> Float[Tensor, "m d"]:
+    """Sum of each vector's rows, without a gradient; `slots` says where its k rows lie, if every vector has k of them.
+
+    With slots y may have more than the n rows of `index`, such as one of zeros for what was dropped.
+    """
     if slots is None:
         return y.new_zeros(vectors, y.shape[1]).index_add_(0, index, y)
     # embedding_bag reads each row once: 4 to 8 times faster on a CPU than k selections and their sum

@@ -263,10 +263,10 @@ def _once(to: AllToAll, x: Tensor, routing: Routing, key: Tensor, by_key: Sorted
     route = Route(token, slots, len(x), send, receive, to.group, returned=to.returned)
     mine = vector - (vectors.cumsum(0) - vectors)[destination]  # which of the vectors that its rank gets
     among = mine.new_empty(sum(rows_in))
-    work = exchange_into(among, mine, rows_out, rows_in, to.group, "counts")
+    under_way = exchange_into(among, mine, rows_out, rows_in, to.group, "counts"), mine  # which must exist until it has arrived
 
     def arrived(x: Tensor, values: Tensor) -> Rows:
-        work.wait()
+        under_way[0].wait()
         came, of_rank = told.there[:, :-1], told.there[:, -1]
         index = among + _repeated(of_rank.cumsum(0) - of_rank, came.sum(1), sum(rows_in))
         into, at, held = sort(_experts(came, sum(rows_in)), to.now.width)
