@@ -68,18 +68,19 @@ def describe(layout: Layout) -> str:
 
 
 def words(recipe: Recipe, layout: Layout) -> list[str]:
-    """The layout as key=value words; what it leaves open about experts and windows is the recipe's."""
+    """The layout as key=value words; what it leaves open about experts and windows is the recipe's, where that goes with it."""
     whole, parallel, found = recipe.model.moe, recipe.parallel, []
     if whole is not None and layout.get("accumulate", 1) > 1:
         found.append(f"train.balance_window={recipe.train.balance_window}")
     if layout.get("expert_ranks", 1) > 1 and parallel.expert_ranks > 1:
-        if "exchange" not in layout:
+        if "exchange" not in layout and (parallel.exchange != "fixed" or layout.get("chosen", "ahead") == "ahead"):
             found.append(f"parallel.exchange={parallel.exchange}")
             found += [f"parallel.exchange_room={parallel.exchange_room}"] if parallel.exchange == "fixed" else []
         if parallel.overlap > 1 and "overlap" not in layout and not layout.get("rematerialise"):
             found.append(f"parallel.overlap={parallel.overlap}")
         if "policy" not in layout and parallel.copies.active and layout["engine"] != "deepspeed":  # which cannot
             idle = parallel.copies.model_copy(update={name: value for name, value in layout.items() if name in Copies.model_fields}).idle()
+            idle |= {"rematerialise": "with chunks"} if layout.get("overlap", 1) > 1 else {}
             found += [f"parallel.copies={json.dumps({k: v for k, v in parallel.copies.model_dump().items() if k not in idle})}"]
             found += [f"parallel.hardware={parallel.hardware.model_dump_json()}"]
     return found + [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in layout.items()]

@@ -153,6 +153,23 @@ def test_a_layout_that_cannot_be_verified_is_refused_in_one_sentence(text, messa
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "parallel", ["{exchange: fixed, overlap: 2}", "{copies: {policy: hecate, rematerialise: true}}", "{overlap: 3, copies: {policy: cost}}"]
+)
+def test_what_a_recipe_says_of_experts_is_left_out_where_a_layout_cannot_have_it(parallel):
+    whole = recipe(f"parallel={parallel}", "parallel.expert_ranks=2")
+    checks, _, _ = plan(whole, default(whole, 8)[0], ["float64"])
+    found = {check.layout: built(check.case.words).parallel for check in checks}
+    plain, moving = found["engine=ddp,ranks=2,expert_ranks=2"], next(each for layout, each in found.items() if "rematerialise" in layout)
+    assert (plain.exchange, plain.overlap, plain.copies.rematerialise) == (
+        whole.parallel.exchange,
+        whole.parallel.overlap,
+        whole.parallel.copies.rematerialise,
+    )
+    assert (moving.exchange, moving.overlap) == ("rows", 1)
+    assert not found["engine=ddp,ranks=2,expert_ranks=2,overlap=2"].copies.rematerialise
+
+
 def test_a_layout_says_what_it_leaves_open():
     assert parse("expert_ranks=4") == {"engine": "ddp", "ranks": 4, "expert_ranks": 4}
     text = "engine=fsdp2,ranks=4,exchange=fixed,exchange_room=1.5"
