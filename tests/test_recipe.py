@@ -55,12 +55,14 @@ IDLE = {
     "parallel.replicas": (["parallel.replicas=2"], "with engine.name=ddp"),
     "parallel.exchange": (["parallel.exchange=tokens"], "with parallel.expert_ranks=1"),
     "parallel.exchange_room": (["parallel={expert_ranks: 2, exchange_room: 3}"], "with parallel.exchange=rows"),
+    "parallel.overlap": (["parallel.overlap=2"], "with parallel.expert_ranks=1"),
     "evaluate.prompt": (["evaluate={sample_tokens: 0, prompt: x}"], "with evaluate.sample_tokens=0"),
 }
 DENSE = {
     "engine.recompute": ["engine.recompute=experts"],
     "parallel.expert_ranks": ["parallel.expert_ranks=2"],
     "parallel.exchange": ["parallel={expert_ranks: 2, exchange: tokens}"],
+    "parallel.overlap": ["parallel={expert_ranks: 2, overlap: 2}"],
     "train.balance_window": ["train={accumulate: 2, balance_window: exact}"],
     "optimizer.decay_router": ["optimizer.decay_router=false"],
 }

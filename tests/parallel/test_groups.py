@@ -12,7 +12,7 @@ HECATE = {"policy": "hecate", "copies": 2, "hidden": 2}
 GROUPS = {
     "ddp": ({}, {"routers": 4}),
     "ddp, 2 expert ranks": ({"expert_ranks": 2}, {"routers": 4, "alone": 1, "shard of experts": 2, "expert of experts": 2}),
-    "ddp, 4 expert ranks": ({"expert_ranks": 4, "experts": 8}, {"routers": 4, "alone": 1, "expert of experts": 4}),
+    "ddp, 4 expert ranks": ({"expert_ranks": 4, "experts": 8, "overlap": 2}, {"routers": 4, "alone": 1, "expert of experts": 4}),
     "fsdp2": ({"name": "fsdp2"}, {"routers": 4}),
     "fsdp2, 2 expert ranks": (
         {"name": "fsdp2", "expert_ranks": 2},
