@@ -24,9 +24,9 @@ try:
 except ImportError:  # the GPU lane runs on whatever Python is there
     jaxtyping = None
 
-# custom operators and Triton's interpreter read the bare function, so files that have such are left alone
+# custom operators, Triton's interpreter and a compiled backward read the bare function, so files that have such are left alone
 FILES = (Path(__file__).parents[1] / "moe" / "kernels").glob("*.py")
-KERNELS = [path for path in FILES if not any(word in path.read_text() for word in ("torch.library", "@triton.jit"))]
+KERNELS = [path for path in FILES if not any(word in path.read_text() for word in ("torch.library", "@triton.jit", "once_differentiable"))]
 CHECKED = ["moe.routers", "moe.model", *(f"moe.kernels.{path.stem}" for path in KERNELS if path.stem != "__init__")]
 EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe.tables import entry
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)  # asynchronous copies and bfloat16 products begin there
+MOST_EXPERTS, MOST_CHOSEN = 1024, 32  # of the fused top-k, which holds a token's logits in registers
 STEP = 16  # the kernels' loads need widths that are multiples of it
 
 
@@ -58,6 +60,15 @@ def loss_and_gradient(
     if device.type == "cuda" and logits.dtype == torch.float32 and no_triton(machine("cuda", device.index)) is None:
         return importlib.import_module("moe.kernels.triton_softmax").loss_and_gradient(logits, targets, dtype)
     return softmax.loss_and_gradient(logits, targets, dtype)
+
+
+def fused_top_k(logits: Float[Tensor, "t E"], k: int) -> Callable[..., Any] | None:
+    """`triton_top_k.top_k` where it can run; None: the router's own operations have to do."""
+    device, (_, experts) = logits.device, logits.shape
+    fits = logits.dtype == torch.float32 and experts <= MOST_EXPERTS and k <= MOST_CHOSEN
+    if device.type != "cuda" or not fits or no_triton(machine("cuda", device.index)) is not None:
+        return None
+    return importlib.import_module("moe.kernels.triton_top_k").top_k
 
 
 def choose(machine: Machine, dtype: torch.dtype, d: int, f: int) -> Choice:

@@ -11,6 +11,7 @@ multiplications of a float32 product round besides. Elsewhere x is cast, forward
 
 from __future__ import annotations
 
+import importlib
 from contextlib import nullcontext
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe.kernels.auto import machine, no_triton
 from moe.shapes import Float
 
 
@@ -29,12 +31,18 @@ def linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"]) -> Float[Tenso
         return F.linear(x, weight if weight.dtype == torch.float64 else weight.float())
 
 
-def split(x: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Three bfloat16 matrices, small to large, whose sum is x, but for bits below 2^-133; what is not finite is in the last alone."""
+def stacked(x: Float[Tensor, "m n"], order: tuple[int, ...], dim: int) -> Tensor:
+    """The bfloat16 parts of x that `order` names, 0 the smallest and 2 the largest, next to each other along `dim`.
+
+    Parts 0 to 2 add up to x, but for bits below 2^-133; what is not finite is in part 2 alone.
+    """
+    if x.device.type == "cuda" and not torch.compiler.is_compiling() and no_triton(machine("cuda", x.device.index)) is None:
+        return importlib.import_module("moe.kernels.triton_split").stacked(x, order, dim)
     high = x.bfloat16()
-    rest = (x - high).nan_to_num_(0, 0, 0)
+    rest = (x - high).nan_to_num(0, 0, 0)
     middle = rest.bfloat16()
-    return (rest - middle).bfloat16(), middle, high
+    parts = (rest - middle).bfloat16(), middle, high
+    return torch.cat([parts[part] for part in order], dim)
 
 
 class _Linear(torch.autograd.Function):
@@ -45,7 +53,7 @@ class _Linear(torch.autograd.Function):
             weight = weight.float()
             if not _by_parts(x):
                 return F.linear(x.float(), weight)
-            return _sum(_multiply(x, torch.cat(split(weight)).T), 1)
+            return _sum(_multiply(x, stacked(weight, (0, 1, 2), 0).T), 1)
 
     @staticmethod
     @once_differentiable
@@ -56,16 +64,9 @@ class _Linear(torch.autograd.Function):
             if not _by_parts(x):
                 dx = (grad @ weight.float()).to(x.dtype) if of_x else None
                 return dx, (grad.T @ x.float()).to(weight.dtype) if of_weight else None
-            parts = split(grad)
-            dx = _gradient_of_x(parts, split(weight.float())) if of_x else None
-            return dx, _sum(_multiply(torch.cat(parts, 1).T, x), 0).to(weight.dtype) if of_weight else None
-
-
-def _gradient_of_x(grad: tuple[Tensor, Tensor, Tensor], weight: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "t d"]:
-    """grad @ weight from the six products of their parts that float32 can see, small to large, rounded once to bfloat16."""
-    (g_low, g_middle, g_high), (w_low, w_middle, w_high) = grad, weight
-    left = torch.cat([g_low, g_middle, g_high, g_middle, g_high, g_high], 1)
-    return left @ torch.cat([w_high, w_middle, w_low, w_high, w_middle, w_high])
+            # of x: the six products of parts that float32 can see, small to large, added up in float32 and rounded once
+            dx = stacked(grad, (0, 1, 2, 1, 2, 2), 1) @ stacked(weight.float(), (2, 1, 0, 2, 1, 2), 0) if of_x else None
+            return dx, _sum(_multiply(stacked(grad, (0, 1, 2), 1).T, x), 0).to(weight.dtype) if of_weight else None
 
 
 def _multiply(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -84,4 +85,9 @@ def _by_parts(x: Tensor) -> bool:
 
 def _no_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

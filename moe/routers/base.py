@@ -52,7 +52,7 @@ class Routing(NamedTuple):
     ) -> Routing:
         """Every token chooses k experts."""
         t, k = expert.shape
-        token = torch.arange(t, device=expert.device).repeat_interleave(k, output_size=t * k)
+        token = torch.arange(t, device=expert.device)[:, None].expand(t, k).reshape(-1)  # repeat_interleave takes five launches
         return cls(token, expert.reshape(-1), weight.reshape(-1), _zero(weight, loss), stats or {}, k)
 
     @classmethod
@@ -61,7 +61,7 @@ class Routing(NamedTuple):
     ) -> Routing:
         """Every expert chooses c tokens."""
         num_experts, c = token.shape
-        expert = torch.arange(num_experts, device=token.device).repeat_interleave(c, output_size=num_experts * c)
+        expert = torch.arange(num_experts, device=token.device)[:, None].expand(num_experts, c).reshape(-1)
         return cls(token.reshape(-1), expert, weight.reshape(-1), _zero(weight, loss), stats or {})
 
     @classmethod

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.errors import ConfigError
+from moe.kernels.auto import fused_top_k
 from moe.kernels.product import linear
 from moe.routers import losses, noise
 from moe.routers.base import Router, Routing, Tokens, best, full_precision
 from moe.routers.capacity import Capacity
 from moe.shapes import Bool, Float, Int
+
+
+class Decision(NamedTuple):
+    """What TopK makes of a call's logits."""
+
+    expert: Int[Tensor, "t k"]  # best first; E on padding, and where a choice is not used
+    weight: Float[Tensor, "t k"]  # 0 there
+    mass: Float[Tensor, " E"]  # probabilities summed over valid tokens
+    probability: Float[Tensor, "t E"] | None  # 0 on padding; None where only their sum was computed
+    z: Float[Tensor, ""]
+    stats: dict[str, Tensor]
 
 
 class TopK(Router):
@@ -89,25 +102,9 @@ class TopK(Router):
             draw = noise.uniform(self.stream, tokens.step, tokens.index, self.d_model)
             x = full_precision(x) * (1 + self.jitter * (2 * draw - 1))
         logits = linear(x, self.weight)
-        log_score = logits.log_softmax(-1) if self.score == "softmax" else F.logsigmoid(logits)
-        chosen = self._select(logits.detach(), log_score.detach())
-        log_chosen = log_score.gather(1, chosen)
-        # in logarithms, so that the sum of scores that all underflow is not divided by
-        weight = self.scale * (log_chosen.softmax(-1) if self.normalize == "selected" else log_chosen.exp())
-
-        valid = tokens.valid
-        probability = log_score.exp() if self.score == "softmax" else log_score.softmax(-1)
-        probability = torch.where(valid[:, None], probability, 0)
-        z = torch.where(valid, losses.z(logits), 0).sum()
-        with torch.no_grad():
-            stats = {
-                "probability": probability.sum(0),
-                "entropy": losses.entropy(probability).sum(),
-                "confidence": probability.amax(-1).sum(),
-                "z": z.detach(),
-            }
-        used = self._used(log_chosen.detach(), tokens)
-        expert, weight = torch.where(used, chosen, self.num_experts), torch.where(used, weight, 0)
+        fused = fused_top_k(logits, self.k) if self._fusable() else None
+        decision = self._decide(logits, tokens) if fused is None else self._decide_at_once(fused, logits, tokens)
+        expert, weight, stats = decision.expert, decision.weight, decision.stats
         routing = Routing.per_token(expert, weight, stats=stats)
         counted = routing if self.balance_counts == "all" else Routing.per_token(expert[:, :1], weight[:, :1])
         if self.second == "random":
@@ -115,7 +112,8 @@ class TopK(Router):
         if self.capacity is not None or counted is not routing:
             stats["balance_load"] = counted.load(self.num_experts)
         if self.training:
-            routing = routing._replace(loss=self._balance(counted, probability, tokens) + self.z_loss * z)
+            loss = self._balance(counted, decision, tokens)
+            routing = routing._replace(loss=loss + self.z_loss * decision.z if self.z_loss else loss)
         return routing if self.capacity is None else self.capacity(routing, tokens)
 
     def update(self, load: Int[Tensor, " E"], tokens: int) -> None:
@@ -127,6 +125,41 @@ class TopK(Router):
             return
         self.bias += self.bias_rate * torch.sign(load.sum() - load * self.num_experts)
         self.bias -= self.bias.mean()
+
+    def _fusable(self) -> bool:
+        """Whether these options are among those that the fused kernel knows."""
+        plain = self.score == "softmax" and self.groups == 1 and self.second == "always" and self.scale > 0
+        by_token = self.training and self.balance_loss and self.balance_scope == "sequence"
+        return plain and not by_token
+
+    def _decide_at_once(self, fused: Callable[..., Any], logits: Float[Tensor, "t E"], tokens: Tokens) -> Decision:
+        """`_decide` in two launches."""
+        expert, weight, mass, z, entropy, confidence = fused(
+            logits, tokens.valid, self.bias, self.k, self.normalize == "selected", self.scale
+        )
+        stats = {"probability": mass.detach(), "entropy": entropy, "confidence": confidence, "z": z.detach()}
+        return Decision(expert, weight, mass, None, z, stats)
+
+    def _decide(self, logits: Float[Tensor, "t E"], tokens: Tokens) -> Decision:
+        log_score = logits.log_softmax(-1) if self.score == "softmax" else F.logsigmoid(logits)
+        chosen = self._select(logits.detach(), log_score.detach())
+        log_chosen = log_score.gather(1, chosen)
+        # in logarithms, so that the sum of scores that all underflow is not divided by
+        weight = self.scale * (log_chosen.softmax(-1) if self.normalize == "selected" else log_chosen.exp())
+
+        valid = tokens.valid
+        probability = log_score.exp() if self.score == "softmax" else log_score.softmax(-1)
+        probability = torch.where(valid[:, None], probability, 0)
+        mass, z = probability.sum(0), torch.where(valid, losses.z(logits), 0).sum()
+        with torch.no_grad():
+            stats = {
+                "probability": mass.detach(),
+                "entropy": losses.entropy(probability).sum(),
+                "confidence": probability.amax(-1).sum(),
+                "z": z.detach(),
+            }
+        used = self._used(log_chosen.detach(), tokens)
+        return Decision(torch.where(used, chosen, self.num_experts), torch.where(used, weight, 0), mass, probability, z, stats)
 
     def _select(self, logits: Tensor, log_score: Tensor) -> Int[Tensor, "t k"]:
         if self.bias is None and self.groups == 1:
@@ -149,7 +182,7 @@ class TopK(Router):
         unused = draw >= 2 * log_chosen.softmax(-1)[:, 1:]
         return tokens.valid[:, None] & ~torch.cat([torch.zeros_like(unused), unused], 1)
 
-    def _balance(self, counted: Routing, probability: Tensor, tokens: Tokens) -> Tensor:
+    def _balance(self, counted: Routing, decision: Decision, tokens: Tokens) -> Tensor:
         """The balance loss summed over the call's valid tokens.
 
         It is linear in the call's probabilities once the loads are known, so that the sum over calls and ranks is
@@ -157,15 +190,16 @@ class TopK(Router):
         loads of the window so far, its own included, over all ranks.
         """
         if not self.balance_loss:
-            return probability.new_zeros(())
+            return decision.mass.new_zeros(())
         if self.balance_scope == "sequence":
+            assert decision.probability is not None
             expert = counted.expert.view(-1, self.k if self.balance_counts == "all" else 1)
             load = losses.sequence_loads(expert, tokens.sequence, self.num_experts)[tokens.sequence]
-            return self.balance_loss * losses.balance(load, probability).sum()
+            return self.balance_loss * losses.balance(load, decision.probability).sum()
         load = counted.load(self.num_experts)
         if self.balance_scope == "global":
             load = self._window_load(load)
-        return self.balance_loss * losses.balance(load, probability.sum(0))
+        return self.balance_loss * losses.balance(load, decision.mass)
 
     def _window_load(self, load: Tensor) -> Tensor:
         window = (self.window_stats or {}).get("balance_load", self.window)

@@ -35,7 +35,9 @@ from triton.runtime.jit import JITFunction
 from moe.kernels.triton_configs import SHARED_KIB, SHIPPED, Config, Shape, read
 from moe.kernels.triton_softmax import loss_and_gradient
 from moe.kernels.triton_sort import sort
+from moe.kernels.triton_split import stacked
 from moe.kernels.triton_tiles import tile_map, tiles
+from moe.kernels.triton_top_k import top_k
 from moe.kernels.tune import problems
 
 GOLDEN = Path(__file__).with_name("golden_sm.json")
@@ -56,11 +58,24 @@ AFFECTED = {  # kernels that differ
     "scaled": ("down_dgrad",),
     "added": ("wgrad",),
 }
+
+
+def decide(experts: int, k: int, biased: bool) -> None:
+    """The router's choice and its gradient."""
+    logits = torch.empty(512, experts, device="meta", requires_grad=True)
+    valid, bias = torch.empty(512, dtype=torch.bool, device="meta"), torch.empty(experts, device="meta") if biased else None
+    chosen = top_k(logits, valid, bias, k, not biased, 1.0)
+    torch.autograd.backward([chosen.weight.sum(), chosen.probability.sum(), chosen.z])
+
+
 PLANS = {  # kernels that have no configurations
     "sort": lambda: sort(torch.empty(65536, dtype=torch.int64, device="meta"), 512),
     "cross entropy": lambda: loss_and_gradient(
         torch.empty(64, 151936, device="meta"), torch.empty(64, dtype=torch.int64, device="meta"), torch.bfloat16
     ),
+    "top-k": lambda: decide(128, 8, False),
+    "biased top-k": lambda: decide(512, 16, True),
+    "split": lambda: stacked(torch.empty(4096, 128, device="meta"), (0, 1, 2, 1, 2, 2), 1),
     "tile map": lambda: tiles(torch.empty(512, dtype=torch.int64, device="meta"), 65536, 128),
 }
 PRODUCTS = ("up", "down", "down_dgrad", "up_dgrad", "wgrad")

@@ -62,15 +62,30 @@ def test_of_tiny_weights_only_bits_below_the_smallest_bfloat16_are_lost(monkeypa
 
 
 def test_parts_add_up_to_every_bit():
-    generator = torch.Generator().manual_seed(0)
-    x = wide((64, 64), generator, 60)
-    low, middle, high = product.split(x)
+    x = wide((64, 96), torch.Generator().manual_seed(0), 60)
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38])
+    low, middle, high = product.stacked(x, (0, 1, 2), 0).chunk(3)
     assert low.dtype == torch.bfloat16
-    assert torch.equal(low.double() + middle.double() + high.double(), x.double())
-    for value in (torch.inf, -torch.inf, torch.nan):
-        low, middle, high = product.split(torch.full((1, 1), value))
-        assert low == middle == 0
-        assert torch.equal(high.float(), torch.full((1, 1), value)) or high.isnan() == (value != value)
+    assert torch.equal((low.double() + middle.double() + high.double())[1:], x[1:].double())
+    assert not low[0, :3].any()
+    assert not middle[0, :3].any()
+    torch.testing.assert_close(high[0, :3].float(), x[0, :3], equal_nan=True)
+    swapped = product.stacked(x, (2, 0, 2, 1), 1).chunk(4, 1)
+    for found, part in zip(swapped, (high, low, high, middle), strict=True):
+        torch.testing.assert_close(found, part, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's, in Triton's interpreter
+def test_triton_cuts_into_the_same_parts():
+    triton_split = pytest.importorskip("moe.kernels.triton_split", reason="Triton runs on Linux only")
+    x = wide((37, 53), torch.Generator().manual_seed(0), 40)
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38])
+    x[1, :3] = torch.tensor([1.00390625, 1.01171875, 0.0])  # halfway between two bfloat16 numbers
+    for given in (x, x.T, x[:0]):
+        for order in ((0, 1, 2), (0, 1, 2, 1, 2, 2)):
+            for dim in (0, 1):
+                found, parts = triton_split.stacked(given, order, dim), product.stacked(given, order, dim)
+                torch.testing.assert_close(found, parts, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("by_parts", [False, True])
