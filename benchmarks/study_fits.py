@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import write_report
-from moe.studies import LAWS
-from moe.studies.fit import bootstrap, cross_check, fit
-from moe.studies.laws import CHINCHILLA, Column, Law, Points
+from moe.scaling import LAWS
+from moe.scaling.fit import bootstrap, cross_check, fit
+from moe.scaling.laws import CHINCHILLA, Column, Law, Points
 from moe.tables import entry
 
 RUNS, NOISE, DRAWS = 500, 0.003, 200

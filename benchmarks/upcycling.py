@@ -30,7 +30,7 @@ from moe.config import load
 from moe.data.tokenizer import Bytes
 from moe.model.cost import cost
 from moe.model.transformer import Transformer
-from moe.studies.speeds import speeds
+from moe.studies.inference_speed import speeds
 from moe.surgery import upcycle
 from moe.surgery.stream import Plan, write
 

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 import moe
 from moe.errors import ConfigError, MoeError
-from moe.studies.verbs import study
+from moe.studies.cli import study
 from moe.surgery.verbs import surgery
 
 INTERRUPTED = 130

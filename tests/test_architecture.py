@@ -31,7 +31,7 @@ TABLES = {  # table: the folder whose tests must speak of each of its rows
     "moe.engines:ENGINES": "tests/engines",
     "moe.data.sources:SOURCES": "tests/data",
     "moe.surgery:VARIANTS": "tests/surgery",
-    "moe.studies:LAWS": "tests/studies",
+    "moe.scaling:LAWS": "tests/scaling",
 }
 ROWS = [(table, name) for table in TABLES for name in getattr(importlib.import_module(table.split(":")[0]), table.split(":")[1])]
 

@@ -13,9 +13,9 @@ from moe.errors import ConfigError
 from moe.model.cost import Cost, cost
 from moe.recipe import Recipe
 from moe.routers import ROUTERS
-from moe.studies.begin import OTHER_ORDER, Origin, Twin, origin_of
-from moe.studies.form import Axes, Begin, Family, Scaling, Study
-from moe.studies.rows import RUNS, identity
+from moe.scaling.results import RUNS, identity
+from moe.studies.spec import Axes, Begin, Family, Scaling, Study
+from moe.studies.warm_start import OTHER_ORDER, Origin, Twin, origin_of
 from moe.tables import entry
 
 _DENSE = "dense"

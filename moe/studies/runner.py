@@ -16,12 +16,11 @@ from rich.console import Console
 
 from moe.config import load
 from moe.errors import ConfigError, Preempted
-from moe.studies import design, price, speeds
-from moe.studies.begin import has_weights, remove
-from moe.studies.board import Board, Share, needed
-from moe.studies.form import STUDY, Means, Study, opened
+from moe.scaling.results import RUNS, STUDY, Row, append, check_unedited, every, latest, newest
+from moe.studies import cost_estimate, identifiability, inference_speed
 from moe.studies.grid import Run, grid
-from moe.studies.job import (
+from moe.studies.queue import Board, Share, needed
+from moe.studies.run_process import (
     STOP_SECONDS,
     TOKENS,
     Job,
@@ -38,8 +37,9 @@ from moe.studies.job import (
     take,
     workers_of,
 )
-from moe.studies.rows import RUNS, Row, append, check_unedited, every, latest, newest
+from moe.studies.spec import Means, Study, opened
 from moe.studies.status import WIDE, Progress, home, show
+from moe.studies.warm_start import has_weights, remove
 from moe.train.folder import flatten, write_whole
 
 _LOOK_SECONDS = 0.5
@@ -90,13 +90,13 @@ def _run(study: Study, folder: Path, *, yes: bool, workers: int | None, share: S
     if missing:
         _same_corpus(folder, held, corpus, Path(study.recipe.data.tokenizer).name)
     write_whole(folder / STUDY, json.dumps(study.model_dump(mode="json", exclude_unset=True), indent=1) + "\n")
-    pace = price.measure(folder, runs, means) if missing else price.Pace(0.0, 0.0, 0.0)
+    pace = cost_estimate.measure(folder, runs, means) if missing else cost_estimate.Pace(0.0, 0.0, 0.0)
     board = Board(folder, runs, means, pace, share=share, again=again or {}, only=again)
     if missing:
         size = sum(path.stat().st_size for path in (folder / TOKENS).rglob("*") if path.is_file())
-        _confirm(board.missing(), price.estimate(board.missing(), pace, means, workers, size), means, workers, yes, console)
+        _confirm(board.missing(), cost_estimate.estimate(board.missing(), pace, means, workers, size), means, workers, yes, console)
         Crew(board, corpus, console).work(workers)
-    if len(board.rows) == len(runs) and (said := speeds.measure(folder, runs)) is not None:
+    if len(board.rows) == len(runs) and (said := inference_speed.measure(folder, runs)) is not None:
         console.print(said, markup=False)
     board.sweep()
     rows = latest(folder)
@@ -147,8 +147,8 @@ def _judge(study: Study, runs: list[Run], console: Console) -> None:
     if len(scratch) < len(runs) and "aim" not in study.model_fields_set:
         console.print("no law is to be identified: runs begin with others, and the study names no aim")
         return
-    found, sentence = design.judge(study.aim, scratch)
-    console.print(design.table(study.aim, found, sentence))
+    found, sentence = identifiability.judge(study.aim, scratch)
+    console.print(identifiability.table(study.aim, found, sentence))
     if sentence is None:
         return
     if study.aim.go_on is None:
@@ -156,9 +156,9 @@ def _judge(study: Study, runs: list[Run], console: Console) -> None:
     console.print(f"going on all the same: {study.aim.go_on}", markup=False)
 
 
-def _confirm(missing: list[Run], found: price.Estimate, means: Means, workers: int, yes: bool, console: Console) -> None:
+def _confirm(missing: list[Run], found: cost_estimate.Estimate, means: Means, workers: int, yes: bool, console: Console) -> None:
     """Print what is to come, and ask."""
-    console.print(price.table(missing, found, workers, means))
+    console.print(cost_estimate.table(missing, found, workers, means))
     if yes:
         return
     if not sys.stdin.isatty():

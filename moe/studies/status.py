@@ -12,13 +12,14 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from moe.studies.begin import has_weights
-from moe.studies.board import Board
-from moe.studies.form import STUDY, Means, opened
+from moe.errors import ConfigError
+from moe.scaling.results import RESULTS, RUNS, STUDY, Row, latest, shape
+from moe.studies.cost_estimate import counted, hours, remembered
 from moe.studies.grid import Run, grid
-from moe.studies.job import locked, step_now, workers_of
-from moe.studies.price import counted, hours, remembered
-from moe.studies.rows import RESULTS, RUNS, Row, latest, shape
+from moe.studies.queue import Board
+from moe.studies.run_process import locked, step_now, workers_of
+from moe.studies.spec import Means, opened
+from moe.studies.warm_start import has_weights
 
 WIDE = 140  # columns, where no terminal says
 _LOOK_SECONDS = 5
@@ -76,6 +77,13 @@ def home(path: Path) -> Path | None:
     if path.is_dir():
         return path
     return path.parent if path.name == STUDY and any((path.parent / name).exists() for name in (RUNS, RESULTS)) else None
+
+
+def folder_of(path: Path) -> Path:
+    """A study's folder, by itself or by its YAML file."""
+    if not path.exists():
+        raise ConfigError(f"{path} is neither a study's folder nor its YAML file; give what moe study run was given")
+    return home(path) or opened(path)[1]
 
 
 def status(path: Path) -> None:

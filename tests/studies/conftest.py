@@ -1,4 +1,4 @@
-"""One planted study, fitted once for all tests that read it; a stand-in for the processes of a study."""
+"""A stand-in for the processes of a study."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from pathlib import Path
 import pytest
 
 from moe.studies import runner
-from moe.studies.compare import fits_of
-from tests.studies.planted import study
-
-
-@pytest.fixture(scope="session")
-def planted(tmp_path_factory):
-    """Its folder, with fit.json."""
-    folder = study(tmp_path_factory.mktemp("studies") / "sparsity")
-    fits_of(folder, draws=20)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def fits(planted):
-    return fits_of(planted)
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import pytest
 from moe.config import load
 from moe.engines.schedule import learning_rate
 from moe.errors import ConfigError
-from moe.studies import LAWS, speeds
-from moe.studies.design import further, judge
-from moe.studies.form import Study
+from moe.scaling import LAWS
+from moe.studies import inference_speed
 from moe.studies.grid import cooldown, grid
+from moe.studies.identifiability import further, judge
+from moe.studies.spec import Study
 from moe.tables import entry
 
 SMALL = """
@@ -349,5 +350,5 @@ def test_a_folder_of_home_is_there(study, monkeypatch, tmp_path):
 
 
 def test_speeds_of_one_shape_are_not_wanted(study):
-    assert speeds.timed(grid(study(*BEGUN))).keys() == {"dense", "4 experts top-2"}
-    assert speeds.timed(grid(study(*BEGUN, "axes.experts=[1]", "axes.begin=[{dense: 50_000}]"))) == {}
+    assert inference_speed.timed(grid(study(*BEGUN))).keys() == {"dense", "4 experts top-2"}
+    assert inference_speed.timed(grid(study(*BEGUN, "axes.experts=[1]", "axes.begin=[{dense: 50_000}]"))) == {}

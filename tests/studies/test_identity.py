@@ -12,9 +12,9 @@ from moe.config import load
 from moe.data.sources import Stdlib, Text
 from moe.recipe import Recipe
 from moe.routers.top_k import TopK
-from moe.studies.form import Study
+from moe.scaling.results import identity
 from moe.studies.grid import grid
-from moe.studies.rows import identity
+from moe.studies.spec import Study
 from moe.surgery import variants
 from tests.studies.test_grid import BEGUN, SMALL
 

@@ -23,14 +23,15 @@ from rich.console import Console
 from moe.config import load
 from moe.errors import ConfigError
 from moe.parallel.launch import PARENT, StopSignal
-from moe.studies import job, price, runner, status
-from moe.studies.board import Board, Share
-from moe.studies.form import STUDY, Means, Study
+from moe.scaling.results import RUNS, STUDY, latest
+from moe.studies import cost_estimate, runner, status
+from moe.studies import run_process as job
 from moe.studies.grid import grid
-from moe.studies.job import Job, make, quoted, spent, take, workers_of
-from moe.studies.rows import RUNS, latest
-from tests.studies.test_begin import BEGUN, COPY, steps_of, timed
+from moe.studies.queue import Board, Share
+from moe.studies.run_process import Job, make, quoted, spent, take, workers_of
+from moe.studies.spec import Means, Study
 from tests.studies.test_runner import PACE, SMALL, crew, fork
+from tests.studies.test_warm_start import BEGUN, COPY, steps_of, timed
 
 FORMS = {"small": SMALL, "begun": BEGUN}
 
@@ -38,7 +39,7 @@ FORMS = {"small": SMALL, "begun": BEGUN}
 @pytest.fixture
 def of(tmp_path, trainer, monkeypatch):
     """A study of one of the two forms, whose speed nobody measures."""
-    monkeypatch.setattr(price, "measure", lambda *_: PACE)
+    monkeypatch.setattr(cost_estimate, "measure", lambda *_: PACE)
     text = tmp_path / "text"
     text.mkdir()
     for number in range(40):
@@ -171,7 +172,7 @@ def test_files_that_cannot_be_are_named_or_made_again(of, tmp_path):
         runner.run([str(tmp_path / "nofile.yaml")])
     for text in ("", '{"of": [1, 2', '{"pace": [1, 2]}', "[]"):
         (tmp_path / "pace.json").write_text(text)
-        assert price.remembered(tmp_path) is None
+        assert cost_estimate.remembered(tmp_path) is None
 
 
 def test_a_run_that_was_done_stays_done_if_training_it_once_more_fails(of, tmp_path):
@@ -260,11 +261,13 @@ def test_rows_of_runs_that_are_no_more_asked_for_are_counted(of, tmp_path, capsy
 def test_the_disk_is_at_most_what_is_said(of, tmp_path):
     study = of("small", "axes.experts=[1]", "recipe.checkpoint.keep=5")
     runs, one = grid(study), grid(study)[0].price.bytes
-    found = price.estimate(runs, PACE, study.means, workers=2, corpus=1000)
+    found = cost_estimate.estimate(runs, PACE, study.means, workers=2, corpus=1000)
     checkpoints = 6 * (1 + 2) + 3 + 1  # the trunk's, two runs', what each run left the trunk with, and the trunk's that stays
     assert found.peak == 1000 + 3 * 300_000 + one * (3 * checkpoints + 2)
-    durable = price.estimate(grid(of("small", "axes.experts=[1]", "recipe.checkpoint={every: 5, durable_every: 10}")), PACE, study.means, 2)
-    assert durable.peak > price.estimate(grid(of("small", "axes.experts=[1]")), PACE, study.means, 2).peak
+    durable = cost_estimate.estimate(
+        grid(of("small", "axes.experts=[1]", "recipe.checkpoint={every: 5, durable_every: 10}")), PACE, study.means, 2
+    )
+    assert durable.peak > cost_estimate.estimate(grid(of("small", "axes.experts=[1]")), PACE, study.means, 2).peak
 
 
 def test_a_trunk_leaves_no_weights(of, tmp_path, monkeypatch):

@@ -21,13 +21,13 @@ from rich.console import Console
 from moe.checkpoint.manifest import read_manifest
 from moe.config import load
 from moe.errors import ConfigError, DataError, Preempted
+from moe.scaling.results import RUNS, latest, read
 from moe.studies import runner
-from moe.studies.board import Board, Share
-from moe.studies.form import Means, Study
+from moe.studies.cost_estimate import Pace, estimate, seconds_of
 from moe.studies.grid import grid
-from moe.studies.job import Job, Process, branch, make, prepare_corpus, take
-from moe.studies.price import Pace, estimate, seconds_of
-from moe.studies.rows import RUNS, latest, read
+from moe.studies.queue import Board, Share
+from moe.studies.run_process import Job, Process, branch, make, prepare_corpus, take
+from moe.studies.spec import Means, Study
 from moe.studies.status import show
 from moe.train.loop import train
 
