@@ -54,6 +54,12 @@ class NonFinite(MoeError):
     exit_code = 8
 
 
+class OutOfMemory(MoeError):
+    """A GPU has too little memory for what the recipe asks."""
+
+    exit_code = 9
+
+
 class Preempted(MoeError):
     """The run was asked to stop, saved, and can go on: run the same command again."""
 

@@ -4,7 +4,7 @@
 
 A clause is an action, then conditions on `step`, `rank` and `point` (each optional), and `once=PATH`: a file that is made
 when the fault strikes and disarms it from then on, so that a restarted process gets through. Actions: kill, stop, term,
-exit0, raise, enospc, delay=SECONDS, and nan (`point` returns True and the caller spoils its value).
+exit0, raise, enospc, oom, delay=SECONDS, and nan (`point` returns True and the caller spoils its value).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import time
 from typing import NamedTuple
 
-ACTIONS = ("kill", "stop", "term", "exit0", "raise", "enospc", "delay", "nan")
+ACTIONS = ("kill", "stop", "term", "exit0", "raise", "enospc", "oom", "delay", "nan")
 
 
 class Fault(NamedTuple):
@@ -84,6 +84,10 @@ def _strike(fault: Fault, name: str, step: int | None) -> bool:
             time.sleep(fault.seconds)
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"fault point {name}")
+        case "oom":
+            import torch
+
+            raise torch.OutOfMemoryError(f"injected at {name}: Tried to allocate 2.00 GiB.")
         case "raise":
             raise InjectedFault(f"injected at {name}, step {step}")
     return fault.action == "nan"

@@ -106,6 +106,7 @@ class Log(Settings):
     every: PositiveInt = 10  # steps
     stages: bool = True  # where the time of sparse layers goes and what travels, with parallel.expert_ranks above 1
     profile: list[PositiveInt] = []  # steps that torch's profiler traces, into profile/ of the run's folder, one file a rank
+    memory: list[PositiveInt] = []  # steps of which a GPU's allocations are recorded, into memory/ of the run's folder, one file a rank
     tensorboard: bool = False
     wandb_project: str | None = None
 
@@ -216,11 +217,9 @@ class Recipe(Settings):
                 "data.sequence",
                 f"data.sequence={sequence} is longer than model.context={context}; choose at most {context}, or raise model.context",
             )
-        if (last := max(self.log.profile, default=0)) > self.train.steps:
-            raise wrong(
-                "log.profile",
-                f"log.profile names step {last}, and the run ends at train.steps={self.train.steps}; name steps that it reaches",
-            )
+        for key, named in (("log.profile", self.log.profile), ("log.memory", self.log.memory)):
+            if (last := max(named, default=0)) > self.train.steps:
+                raise wrong(key, f"{key} names step {last}, and the run ends at train.steps={self.train.steps}; name steps that it reaches")
         if self.optimizer.name == "muon" and self.engine.name == "fsdp2":
             raise wrong(
                 "optimizer.name",

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe import errors
 from moe.errors import ConfigError, MoeError
+from moe.kernels.memory import expandable_segments
 from moe.parallel import deadline
 from moe.parallel.layout import Copies, Hardware, Layout
 
@@ -157,6 +158,8 @@ def start(layout: Layout) -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device, timeout = _device(layout, local_rank), timedelta(seconds=layout.timeout)
+    if device.type == "cuda":
+        expandable_segments()
     if not dist.is_initialized():
         _init(device, timeout)
     rank, world = dist.get_rank(), dist.get_world_size()

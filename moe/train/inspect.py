@@ -40,6 +40,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         facts["loss"] = {"first": training[0]["loss"], "last": training[-1]["loss"]}
         facts["tokens_per_second"] = rates[len(rates) // 2]
         facts["memory_gib"] = max(row["memory_gib"] for row in training)
+        facts["memory"] = _memory(training)
         facts["layers"] = {name: dict(layer) for name, layer in training[-1].get("layers", {}).items()}
         facts["stages"] = _stages(training)
         facts |= {name: training[-1][name] for name in ("tokens", "tokens_by_source", "epochs") if name in training[-1]}
@@ -59,6 +60,12 @@ def _stages(training: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if "stages" in layer:
                 found.setdefault(name, []).append(layer["stages"])
     return {name: _medians(rows[1:] or rows) | {"steps": len(rows[1:] or rows)} for name, rows in found.items()}
+
+
+def _memory(training: list[dict[str, Any]]) -> dict[str, float]:
+    """The most GiB of a GPU that any recorded step had when it began, and in each of its stages; empty for a run on a CPU."""
+    found = [row["memory"] for row in training if "memory" in row]
+    return {name: max(row.get(name, 0.0) for row in found) for name in dict.fromkeys(name for row in found for name in row)}
 
 
 def _medians(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,7 +118,8 @@ def show(facts: dict[str, Any], console: Console | None = None) -> None:
             f"{last['bits_per_byte']:.3f} bits per byte at step {last['step']} (best {best['bits_per_byte']:.3f} at {best['step']})",
         )
     if "tokens_per_second" in facts:
-        lines.add_row("speed", f"{facts['tokens_per_second']:,.0f} tokens/s, peak memory {facts['memory_gib']:.2f} GiB a rank")
+        lines.add_row("speed", f"{facts['tokens_per_second']:,.0f} tokens/s")
+        lines.add_row("memory", _memory_line(facts))
     lines.add_row("checkpoints", ", ".join(map(str, facts["checkpoints"])) or "none")
     lines.add_row("samples", ", ".join(Path(sample).name for sample in facts["samples"]) or "none")
     environment = facts["environment"]
@@ -125,6 +133,14 @@ def show(facts: dict[str, Any], console: Console | None = None) -> None:
     if facts.get("stages"):
         parts += [Text(), Text(_stages_line(facts["stages"])), _times(facts["stages"]), Text(), _travels(facts["stages"])]
     (console or Console()).print(Group(*parts))
+
+
+def _memory_line(facts: dict[str, Any]) -> str:
+    peak, stages = f"peak {facts['memory_gib']:.2f} GiB", dict(facts["memory"])
+    if not stages:
+        return f"{peak} of the first rank's process"
+    resident = stages.pop("resident", 0.0)  # weights, gradients and optimizer state that outlive a step
+    return f"{peak} a GPU, {resident:.2f} before a step\nby stage: " + ", ".join(f"{name} {gib:.2f}" for name, gib in stages.items())
 
 
 def _router(router: dict[str, Any] | str) -> str:

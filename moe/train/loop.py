@@ -35,6 +35,7 @@ from moe.train.console import Console
 from moe.train.deterministic import be_deterministic
 from moe.train.evaluate import Evaluation
 from moe.train.folder import flatten, open_folder, write_whole
+from moe.train.memory import check_memory, explaining
 from moe.train.metrics import Clock, Metrics, row_of
 from moe.train.tune import share_table
 from moe.train.watch import Watch
@@ -105,7 +106,7 @@ def train(recipe: Recipe) -> None:
             console.advance(step)
             compare_replicas(recipe, mesh, engine, step, saving)
             if logged or not result.applied:
-                row = row_of(result, step=step, lr=lr, model=model, stages=watch.figures()) | clock.read() | seen(progress, loader)
+                row = row_of(result, step=step, lr=lr, model=model, **watch.figures()) | clock.read() | seen(progress, loader)
                 metrics.write(row)
                 console.step(row)
             if due(step, recipe.evaluate.every, last):
@@ -127,6 +128,7 @@ def learn(engine: Any, loader: Loader, step: int, lr: float) -> StepResult:
     """Learn from the next batch."""
     with stage("read batch"):
         batch = loader.take()
+    faults.point("loop/learn", step=step)
     return engine.step(batch, step, lr)
 
 
@@ -141,6 +143,7 @@ def join(recipe: Recipe) -> Mesh:
     if mesh.device.type == "cpu":
         keep_freed_memory()
     recipe.check_ranks(mesh.world)
+    check_memory(recipe, mesh)
     facts = {key: repr(value) for key, value in flatten(recipe.model_dump()).items()}
     if recipe.parallel.copies.active:
         facts["parallel.machine_ranks"] = str(mesh.machine_ranks)  # as torchrun started this rank, if the recipe does not say
@@ -204,17 +207,18 @@ def describe_experts(recipe: Recipe, model: Transformer, device: torch.device) -
 
 def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:
     """The recipe's engine around a model on the meta device."""
-    return entry(ENGINES, recipe.engine.name, "engine")(
-        model,
-        mesh,
-        optimizer=recipe.optimizer,
-        engine=recipe.engine,
-        dtype=recipe.train.dtype,
-        accumulate=recipe.train.accumulate,
-        clip=recipe.train.clip,
-        balance_window=recipe.train.balance_window,
-        seed=recipe.train.seed,
-    )
+    with explaining(recipe, mesh):
+        return entry(ENGINES, recipe.engine.name, "engine")(
+            model,
+            mesh,
+            optimizer=recipe.optimizer,
+            engine=recipe.engine,
+            dtype=recipe.train.dtype,
+            accumulate=recipe.train.accumulate,
+            clip=recipe.train.clip,
+            balance_window=recipe.train.balance_window,
+            seed=recipe.train.seed,
+        )
 
 
 def build_loader(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> Loader:

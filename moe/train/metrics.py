@@ -108,17 +108,26 @@ class Clock:
         self.start += time.perf_counter() - before
 
 
-def row_of(result: StepResult, *, step: int, lr: float, model: Transformer, stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The training row of a step, with the routing health of each sparse layer, and `stages`, where its time went."""
-    row = {
+def row_of(
+    result: StepResult,
+    *,
+    step: int,
+    lr: float,
+    model: Transformer,
+    stages: Sequence[dict[str, Any]] = (),
+    memory: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The training row of a step, with the routing health of each sparse layer, `stages`, where its time went, and `memory`."""
+    row: dict[str, Any] = {
         "step": step,
         "loss": result.loss.item(),
         "auxiliary_loss": result.auxiliary.item(),
         "grad_norm": result.grad_norm.item(),
         "lr": lr,
         "applied": result.applied,
-        "memory_gib": round(_memory_bytes() / 2**30, 3),
+        "memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # the process; a GPU's stands in `memory`
     }
+    row |= memory or {}
     routers = model.routers()
     if routers:
         layers: dict[str, dict[str, Any]] = {
@@ -152,13 +161,6 @@ def health(report: Report, k: int | None = None) -> dict[str, float]:
         if name in report.stats:
             figures[name] = (report.stats[name] / tokens).item()
     return {name: round(value, 6) for name, value in figures.items()}
-
-
-def _memory_bytes() -> int:
-    """Peak memory of this rank: the device's where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Everything that looks at a run's steps while they run: clocks of the stages, profiler."""
+"""Everything that looks at a run's steps while they run: clocks of the stages, profiler, memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from moe.parallel.mesh import Mesh
 from moe.parallel.telemetry import Telemetry
 from moe.recipe import Recipe
+from moe.train.memory import Memory
 from moe.train.profiler import Profiler
 
 
@@ -19,13 +20,14 @@ class Watch:
     def __init__(self, recipe: Recipe, engine: Any, mesh: Mesh, folder: Path, say: Callable[[str], None]) -> None:
         self.telemetry = Telemetry(engine.model, engine.planner, mesh, on=recipe.log.stages)
         self.profiler = Profiler(recipe.log.profile, folder / "profile", mesh, say)
+        self.memory = Memory(recipe, engine, mesh, folder / "memory", say)
 
-    def figures(self) -> list[dict[str, Any]]:
-        """Where the time of the last step went, one a sparse layer; see `Telemetry.figures`."""
-        return self.telemetry.figures()
+    def figures(self) -> dict[str, Any]:
+        """Of the last step, for `row_of`: where its time went and how much memory it took. Every rank must call it."""
+        return {"stages": self.telemetry.figures(), "memory": self.memory.figures()}
 
     @contextmanager
     def step(self, number: int, logged: bool) -> Iterator[None]:
         """Around step `number`, the first being 1; `logged` alike on every rank."""
-        with self.profiler.step(number), self.telemetry.watch(logged):
+        with self.memory.step(number, logged), self.profiler.step(number), self.telemetry.watch(logged):
             yield
