@@ -8,10 +8,14 @@ import json
 import pytest
 import torch
 
+from moe.config import load
+from moe.errors import OutOfMemory
+from moe.kernels.memory import SETTINGS, expandable_segments
+from moe.train.loop import train
+from moe.train.memory import explaining
+from moe.train.trace import summarise
 from tests.gpu.problems import DEVICE
 
-pytest.importorskip("pydantic", reason="a whole run needs what launch/wheels.sh carries")
-pytest.importorskip("grain", reason="a whole run needs what launch/wheels.sh carries")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")]
 
 RECIPE = """
@@ -27,9 +31,6 @@ log: {every: 1, profile: [4], memory: [5]}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder and rows."""
-    from moe.config import load
-    from moe.train.loop import train
-
     folder = tmp_path_factory.mktemp("seen")
     for number in range(12):
         (folder / f"{number}.txt").write_text(f"def f{number}(x):\n    return x * {number}\n" * 200)
@@ -54,8 +55,6 @@ def test_a_snapshot_is_written_for_the_step_that_was_asked_for(run):
 
 
 def test_kernels_of_a_trace_belong_to_the_stages_that_launched_them(run):
-    from moe.train.trace import summarise
-
     with gzip.open(run[0] / "profile" / "rank0-step4.json.gz", "rt") as file:
         found = summarise(json.load(file)["traceEvents"], 1)
     assert found.gpu
@@ -65,8 +64,6 @@ def test_kernels_of_a_trace_belong_to_the_stages_that_launched_them(run):
 
 
 def test_segments_grow():
-    from moe.kernels.memory import SETTINGS, expandable_segments
-
     if not expandable_segments():
         pytest.skip(f"one of {', '.join(SETTINGS)} is set")
     torch.cuda.empty_cache()
@@ -76,12 +73,7 @@ def test_segments_grow():
 
 
 def test_out_of_memory_is_explained_with_what_is_held(tmp_path):
-    from moe.errors import OutOfMemory
-    from moe.train.memory import explaining
-
     mesh = type("Mesh", (), {"device": torch.device("cuda", 0), "rank": 0, "world": 1})()
-    from moe.config import load
-
     (tmp_path / "r.yaml").write_text("model: {layers: 1}\n")
     with (
         pytest.raises(OutOfMemory, match=r"were asked for; [\d.]+ of [\d.]+ GiB were free; held: activations"),
