@@ -104,6 +104,18 @@ class MoELayer(nn.Module):
             out = self.dispatcher.combine(see.border(y, "combine", "experts"), ticket)
         return see.border(out, None, "combine")
 
+    def compile_regions(self) -> None:
+        """Compile the router, where it is one graph for every layer and step, and the shared experts.
+
+        Dispatch and the routed experts stay eager: they are a few large kernels whose shapes are the tokens' of a step, they add
+        gradients in place, and a compiled call cannot.
+        """
+        if self.router.eager is None:
+            # not the call: hooks of an engine stay outside
+            self.router.forward = _compiled_routing(self.router.forward)
+        if self.shared is not None:
+            self._shared = torch.compile(self._shared)
+
     def _shared(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
         assert self.shared is not None
         out = self.shared(x)
@@ -121,3 +133,9 @@ class MoELayer(nn.Module):
     def report(self, routing: Routing, tokens: Tokens) -> Report:
         """What the routing cost and did."""
         return Report(routing.loss, routing.load(self.num_experts), {**routing.stats, "tokens": tokens.valid.sum()})
+
+
+def _compiled_routing(forward: Callable[..., Routing]) -> Callable[..., Routing]:
+    """A compiled function that returns a tuple: torch 2.11 cannot give back a named one that `_replace` has made."""
+    compiled = torch.compile(lambda *args: tuple(forward(*args)))
+    return lambda *args: Routing._make(compiled(*args))

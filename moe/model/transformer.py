@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ class Block(nn.Module):
         # Whether activations are computed again in the backward pass instead of kept.
         self.recompute = False
         self.multiplier = settings.residual_multiplier
+        # Attention and the dense feed-forward network, each with its norm and addition.
+        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.attention_norm = NORMS[settings.norm](d, eps=settings.norm_eps)
         self.attention = Attention(
             d,
@@ -70,28 +73,42 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b s d"], context: Context, cache: Cache | None = None) -> tuple[Tensor, Report | None]:
-        x = torch.add(x, self._run(self._attend, x, context, cache), alpha=self.multiplier)
-        if self.moe is None:
-            return torch.add(x, self._run(self._feed_forward, x), alpha=self.multiplier), None
-        # norm and router lie between the recomputed regions: a decision is taken once, and cannot come out differently
-        h = self.mlp_norm(x).flatten(0, 1)
+        attend, feed_forward = self._attend, self._feed_forward
+        if self.compiled is not None and cache is None:  # a cache is of another length at every call
+            attend, feed_forward = self.compiled
+        x, h = self._run("attention", attend, x, context, cache)
+        if self.moe is None or h is None:
+            return self._run("feed-forward", feed_forward, x), None
+        # the router lies between the recomputed regions: a decision is taken once, and cannot come out differently
         routing = self.moe.route(h, context.tokens)
-        out = self._run(self.moe.compute, h, routing)
+        out = self._run(None, self.moe.compute, h, routing)
         return torch.add(x, out.view_as(x), alpha=self.multiplier), self.moe.report(routing, context.tokens)
 
-    def _attend(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
-        with stage("attention"):
-            return self.attention(self.attention_norm(x), context, cache)
+    def compile_regions(self) -> None:
+        """Compile all that has the same shapes at every step: what lies between the routed experts, and their router."""
+        self.compiled = torch.compile(self._attend), torch.compile(self._feed_forward)
+        if self.moe is not None:
+            self.moe.compile_regions()
+
+    def _attend(self, x: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after attention, and what the router and the experts of a sparse block see of it."""
+        x = torch.add(x, self.attention(self.attention_norm(x), context, cache), alpha=self.multiplier)
+        return x, None if self.moe is None else self.mlp_norm(x).flatten(0, 1)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         assert self.mlp is not None
-        with stage("feed-forward"):
-            return self.mlp(self.mlp_norm(x))
+        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
 
-    def _run(self, region: Callable[..., Tensor], *args: Any) -> Tensor:
+    def _run(self, name: str | None, region: Callable[..., Any], *args: Any) -> Any:
+        """A region's results; it runs again in the backward pass where activations are recomputed, within its stage both times."""
+
+        def within() -> Any:
+            with nullcontext() if name is None else stage(name):
+                return region(*args)
+
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=False)
-        return region(*args)
+            return checkpoint(within, use_reentrant=False, preserve_rng_state=False)
+        return within()
 
 
 class Transformer(nn.Module):

@@ -12,9 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe.kernels.reference import ExpertWeights
-from moe.model.attention import Attention
 from moe.model.experts import Experts
-from moe.model.layers import FeedForward
 from moe.model.moe_layer import MoELayer
 from moe.model.side_stream import SideStream
 from moe.model.transformer import Transformer
@@ -29,8 +27,7 @@ from moe.parallel.reshard import of_all_experts
 def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool) -> DeviceMesh | None:
     """Make a model that is alone part of a job: losses that look at the global batch see all of it, experts are shared out.
 
-    Compiled are attention and the dense feed-forward networks; routing and grouped products depend on counts, and
-    torch's grouped product does not compile in float32. Returns the mesh of experts, if they are.
+    What is compiled, and what is not, `Block` and `MoELayer` say in `compile_regions`. Returns the mesh of experts, if they are.
     """
     if mesh.world > 1:
         # a group of its own: the order of its sums among those of the gradients then does not matter
@@ -44,9 +41,7 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: str, compile: bool
             if isinstance(part, Experts):
                 part.keep = recompute != "experts"
         if compile:
-            for part in block.modules():
-                if isinstance(part, Attention | FeedForward):
-                    part.compile()
+            block.compile_regions()
     if mesh.expert_ranks == 1:
         return None
     grid = mesh.experts()

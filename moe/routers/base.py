@@ -30,6 +30,11 @@ class Tokens(NamedTuple):
         return cls(torch.zeros_like(position), torch.zeros_like(position), position, everywhere, 0, x.shape[0])
 
 
+# Why torch.compile cannot make one graph of a router's forward pass that serves every layer and step.
+DRAWS_NOISE = "its noise makes another graph of every layer"
+COUNTS_ROWS = "how many assignments it makes is known only to the device"
+
+
 class Routing(NamedTuple):
     """A list of assignments: row i sends token[i] to expert[i] and counts weight[i].
 
@@ -87,6 +92,8 @@ class Router(nn.Module):
     num_experts: int
     # Whether tokens may differ in their number of assignments in training (`Routing.fan_out` is None): fixed buffers refuse that.
     fan_out_varies = False
+    # Why `forward` is better not compiled, in words; None: it is one graph, the same for every layer.
+    eager: str | None = None
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()

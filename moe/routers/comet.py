@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens, full_precision
+from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens, full_precision
 from moe.shapes import Bool, Float
 
 
@@ -36,6 +36,7 @@ class Comet(Router):
     """
 
     fan_out_varies = True
+    eager = COUNTS_ROWS
 
     def __init__(self, d_model: int, num_experts: int, *, k: int = 2, gamma: float = 1.0, entropy_loss: float = 0.01) -> None:
         super().__init__(d_model, num_experts)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, full_precision
+from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens, best, full_precision
 from moe.shapes import Float
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
@@ -37,6 +37,7 @@ class DenseToSparse(Router):
     Rows are as many as there are kept experts, and the host waits for their number once a call.
     """
 
+    eager = COUNTS_ROWS
     bias: Tensor | None
     evaluation: Literal["top_1", "dense"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.kernels.product import linear
-from moe.routers.base import Router, Routing, Tokens, full_precision
+from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens, full_precision
 from moe.routers.comet import Gates, check_selectors, gate_statistics, selector_entropy, smooth_step, uniform
 from moe.shapes import Float
 
@@ -27,6 +27,8 @@ class DSelectK(Router):
     Weights sum to less than 1 where selectors point at numbers that no expert has. Rows are as many as there are weights that
     are not zero, and the host waits for their number once a call.
     """
+
+    eager = COUNTS_ROWS
 
     code_bias: Tensor | None
     selector_bias: Tensor | None

@@ -13,7 +13,7 @@ from moe.choice import Entries
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import ROUTERS, build
-from moe.routers.base import Router, Routing, Tokens
+from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens
 from moe.routers.comet import Comet, Gates, gate_statistics, uniform
 from moe.routers.dselect_k import DSelectK
 from moe.shapes import Float, Int
@@ -42,6 +42,8 @@ class LocalSearch(Router):
     zero (the host waits once a call for their number); balance losses of the wrapped router count the loads of its own decision over
     the call and all ranks, whatever the window; and what it learns from loads (a bias) waits.
     """
+
+    eager = COUNTS_ROWS
 
     permutation: Tensor
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens, best
+from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best
 from moe.routers.capacity import Capacity
 from moe.routers.noise import normal
 from moe.shapes import Float
@@ -34,6 +34,8 @@ class NoisyTopK(Router):
     Noise and losses belong to training. Padding gets expert E, weight 0, and no part in losses, statistics or load. A NaN
     logit gives a NaN weight.
     """
+
+    eager = DRAWS_NOISE
 
     def __init__(
         self,

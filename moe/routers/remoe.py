@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses
-from moe.routers.base import Router, Routing, Tokens
+from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens
 from moe.shapes import Float, Int
 
 
@@ -26,6 +26,8 @@ class ReMoE(Router):
     the global batch and is zero outside of training. Rows are as many as there are positive gates, and the host waits for
     their number once a call.
     """
+
+    eager = COUNTS_ROWS
 
     penalty: Tensor
     fan_out_varies = True

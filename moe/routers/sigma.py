@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best
+from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best
 from moe.shapes import Float
 
 
@@ -49,6 +49,7 @@ class Sigma(Router):
             raise ConfigError(f"entropy_loss={entropy_loss} would work against balance; choose router.entropy_loss of at least 0")
         if not 0 <= expert_dropout < 1:
             raise ConfigError(f"expert_dropout={expert_dropout} is not a chance below 1; choose router.expert_dropout=0.05, or 0 for none")
+        self.eager = DRAWS_NOISE if expert_dropout else None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.reset_parameters()
 

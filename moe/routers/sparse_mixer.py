@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, full_precision
+from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best, full_precision
 from moe.shapes import Bool, Float, Int
 
 
@@ -84,6 +84,8 @@ class SparseMixer(Router):
 
     Evaluation takes the best experts, unscaled. Padding gets expert E and weight 0, and no part in anything else.
     """
+
+    eager = DRAWS_NOISE
 
     omega: Tensor | None
 

@@ -13,7 +13,7 @@ from moe.errors import ConfigError
 from moe.kernels.auto import fused_top_k
 from moe.kernels.product import linear
 from moe.routers import losses, noise
-from moe.routers.base import Router, Routing, Tokens, best, full_precision
+from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best, full_precision
 from moe.routers.capacity import Capacity
 from moe.shapes import Bool, Float, Int
 
@@ -87,6 +87,7 @@ class TopK(Router):
         self.balance_loss, self.balance_scope, self.balance_counts = balance_loss, balance_scope, balance_counts
         self.capacity = Capacity.of(num_experts, capacity_factor, drop, capacity_group, capacity_multiple)
         self._check()
+        self.eager = DRAWS_NOISE if jitter or second == "random" else None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.register_buffer("bias", None if bias_rate is None else torch.empty(num_experts, dtype=torch.float32))
         self.reset_parameters()

@@ -77,6 +77,8 @@ def train(recipe: Recipe) -> None:
     console.say(describe(price))
     if recipe.model.moe is not None:
         console.say(describe_experts(recipe, model, mesh.device))
+    if recipe.engine.compile:
+        console.say(describe_compiled(model))
     mesh.first_does(lambda: write_whole(folder / "model.json", json.dumps(price._asdict()) + "\n"))
 
     engine = build_engine(recipe, model, mesh)
@@ -203,6 +205,19 @@ def describe_experts(recipe: Recipe, model: Transformer, device: torch.device) -
     k = getattr(next(iter(model.routers().values())), "k", None)
     dtype = getattr(torch, recipe.train.dtype)
     return auto.describe(moe.backend, auto.machine(device.type, device.index), dtype, recipe.model.d_model, moe.d_expert, moe.experts, k)
+
+
+def describe_compiled(model: Transformer) -> str:
+    """What torch.compile takes, and what it leaves and why."""
+    routers = list(model.routers().values())
+    if not routers:
+        return "compiled: attention, feed-forward networks, their norms and residuals"
+    reason = routers[0].eager
+    taken = "" if reason else " routers,"
+    left = f", routers ({reason})" if reason else ""
+    return (
+        f"compiled: attention, dense and shared feed-forward networks,{taken} norms and residuals; eager: dispatch and routed experts{left}"
+    )
 
 
 def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:
