@@ -186,7 +186,7 @@ def choose(
     score = x
     if BIASED:
         score = probability + tl.load(bias + e, mask=e < experts, other=0.0)[None, :]
-    key = tl.where(is_expert, sortable(score), -0x7FFFFFFF - 1)
+    key = tl.where(is_expert, tl.maximum(sortable(score), -0x7F800000), -0x7FFFFFFF - 1)  # -inf as the lowest finite number
     chosen = tl.zeros([BLOCK, WIDTH], tl.int32)
     value = tl.full([BLOCK, WIDTH], -float("inf"), tl.float32)
     for j in range(K):
@@ -194,7 +194,7 @@ def choose(
         here = e[None, :] == found[:, None]
         chosen = tl.where(lane[None, :] == j, found[:, None], chosen)
         value = tl.where(lane[None, :] == j, tl.sum(tl.where(here, below, 0.0), 1)[:, None], value)
-        key = tl.where(here, -0x7F800001, key)  # of -inf
+        key = tl.where(here, -0x7F800001, key)  # of -inf: below every score, above what is no expert
     if SELECTED:
         share = tl.exp(value - tl.max(value, 1)[:, None])
         share = share / tl.sum(share, 1)[:, None]

@@ -76,8 +76,7 @@ class Sigma(Router):
         ranking, allowed = logits.detach(), valid
         if self.training and self.expert_dropout:
             allowed = valid & (noise.uniform(self.stream, tokens.step, tokens.index, self.num_experts) >= self.expert_dropout)
-            # the lowest finite number, because `best` marks what it has taken by -inf
-            ranking = torch.where(allowed, ranking, torch.finfo(ranking.dtype).min)
+            ranking = torch.where(allowed, ranking, -torch.inf)
         chosen = best(ranking, self.k)
         kept = allowed.expand_as(logits).gather(1, chosen)
         expert = torch.where(kept, chosen, self.num_experts)

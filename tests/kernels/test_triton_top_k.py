@@ -73,14 +73,16 @@ def test_equals_the_definition(t, experts, k, options):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_ties_go_to_the_lowest_index_and_nan_is_the_largest(biased):
-    values = torch.tensor([-torch.inf, -1.5, -0.0, 0.0, 2.0, torch.nan])
-    for experts, k in ((5, 5), (16, 4), (23, 7)):
-        logits = values[torch.randint(5 if biased else 6, (200, experts))].to(DEVICE)
+def test_ties_go_to_the_lowest_index_nan_is_the_largest_and_all_are_distinct(biased):
+    values = torch.tensor([-torch.inf, -torch.inf, -1.5, -0.0, 0.0, 2.0, torch.inf, torch.nan])
+    for experts, k in ((1, 1), (5, 5), (16, 4), (23, 7)):
+        # few distinct logits: probabilities differ by far, or not at all; infinity and NaN make all of a row NaN
+        logits = values[torch.randint(5 if biased else 8, (200, experts))]
+        logits = torch.cat([logits, values[:, None].expand(-1, experts)]).to(DEVICE)
         bias = torch.zeros(experts, device=DEVICE) if biased else None
-        ranking = logits.log_softmax(-1).exp() if biased else logits
-        valid = torch.ones(200, dtype=torch.bool, device=DEVICE)
-        fused = triton_top_k.top_k(logits, valid, bias, k, True, 1.0)
+        ranking = logits.softmax(-1) if biased else logits
+        fused = triton_top_k.top_k(logits, torch.ones(len(logits), dtype=torch.bool, device=DEVICE), bias, k, True, 1.0)
+        assert torch.equal(fused.expert, torch.sort(ranking, dim=-1, descending=True, stable=True).indices[:, :k])
         assert torch.equal(fused.expert, best(ranking, k))
 
 

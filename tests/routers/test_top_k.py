@@ -369,3 +369,12 @@ def test_bias_brings_down_the_largest_load():
         violation.append((load.max() / load.float().mean()).item() - 1)
     assert violation[0] > 0.8
     assert sum(violation[-20:]) / 20 < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_best_are_distinct_and_ranked_as_a_stable_sort_ranks_whatever_a_row_holds(dtype):
+    values = torch.tensor([-torch.inf, -torch.inf, -1.5, -0.0, 0.0, torch.inf, torch.nan], dtype=dtype)
+    score = torch.cat([values[torch.randint(7, (300, 9))], values[:, None].expand(-1, 9)])
+    wanted = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    for k in (1, 4, 9):
+        assert torch.equal(best(score, k), wanted[:, :k])
