@@ -75,10 +75,8 @@ def train(recipe: Recipe) -> None:
     model = build_model(recipe, corpus.tokenizer)
     price = cost(model, recipe.data.sequence)
     console.say(describe(price))
-    if recipe.model.moe is not None:
-        console.say(describe_experts(recipe, model, mesh.device))
-    if recipe.engine.compile:
-        console.say(describe_compiled(model))
+    for line in describe_kernels(recipe, model, mesh.device):
+        console.say(line)
     mesh.first_does(lambda: write_whole(folder / "model.json", json.dumps(price._asdict()) + "\n"))
 
     engine = build_engine(recipe, model, mesh)
@@ -198,6 +196,12 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
         return Transformer(recipe.model, asked or tokenizer.vocab, seed=recipe.train.seed, document_mask=recipe.data.document_mask)
 
 
+def describe_kernels(recipe: Recipe, model: Transformer, device: torch.device) -> list[str]:
+    """What computes experts, if there are any, and what is compiled, if anything is."""
+    lines = [] if recipe.model.moe is None else [describe_experts(recipe, model, device)]
+    return lines + [describe_compiled(model)] * recipe.engine.compile
+
+
 def describe_experts(recipe: Recipe, model: Transformer, device: torch.device) -> str:
     """Which backend multiplies the experts, of which shapes, and why."""
     moe = recipe.model.moe
@@ -209,15 +213,16 @@ def describe_experts(recipe: Recipe, model: Transformer, device: torch.device) -
 
 def describe_compiled(model: Transformer) -> str:
     """What torch.compile takes, and what it leaves and why."""
+    taken, left = (
+        ["attention with rotary", "feed-forward networks", "norms", "residuals"],
+        ["dispatch", "routed experts and their residual"],
+    )
     routers = list(model.routers().values())
     if not routers:
-        return "compiled: attention, feed-forward networks, their norms and residuals"
+        return f"compiled: {', '.join(taken)}"
     reason = routers[0].eager
-    taken = "" if reason else " routers,"
-    left = f", routers ({reason})" if reason else ""
-    return (
-        f"compiled: attention, dense and shared feed-forward networks,{taken} norms and residuals; eager: dispatch and routed experts{left}"
-    )
+    (left if reason else taken).append("routers" + (f" ({reason})" if reason else ""))
+    return f"compiled: {', '.join(taken)}; eager: {', '.join(left)}"
 
 
 def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -230,9 +231,27 @@ def test_muon_trains_dense_matrices_and_experts_alike_on_one_rank_and_two():
 
 @pytest.mark.slow
 def test_compiled_parts_train_the_same_model():
-    plain, compiled = run_ranks(1, with_compile, timeout=300)[0]
+    plain, compiled, breaks = run_ranks(1, with_compile, "inductor", timeout=300)[0]
     assert difference(compiled, plain) < 1e-3
+    assert not breaks
 
 
-def with_compile(rank, world):
-    return [train(engine(dtype="float32", compile=c), range(3), 1e-2) for c in (False, True)]
+def test_compiled_parts_train_the_same_model_on_two_ranks_whatever_is_recomputed_or_accumulated():
+    """The all-reduce of the balance loss is part of the router's graph."""
+    for plain, compiled, breaks in run_ranks(2, with_compile, "aot_eager"):
+        assert difference(compiled, plain) < 1e-12
+        assert not breaks
+
+
+def with_compile(rank, world, backend):
+    from torch._dynamo.utils import counters
+
+    compiler, runs = torch.compile, []
+    torch.compile = partial(compiler, backend=backend)
+    router = {name: value for name, value in ROUTER.items() if name != "jitter"}
+    options = {"dtype": "float32"} if backend == "inductor" else {"accumulate": 2, "recompute": "full", "balance_window": "running"}
+    for compiled in (False, True):
+        runs.append(train(engine("fsdp2" if world > 1 else "ddp", compile=compiled, router=router, **options), range(3), 1e-2))
+    torch.compile = compiler
+    assert counters["stats"]["unique_graphs"] >= 2
+    return *runs, dict(counters["graph_break"])

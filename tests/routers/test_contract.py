@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.errors import ConfigError
 from moe.routers import ROUTERS, Router, Routing, Tokens, build
+from moe.routers.base import COUNTS_ROWS, DRAWS_NOISE
 
 D = 16
 # Options that a router's branches need to be seen with; a router without an entry is tested with its defaults.
@@ -364,3 +365,36 @@ def test_compiles_whole(name, options):
     assert torch.equal(compiled.expert, expected.expert)
     torch.testing.assert_close(compiled.weight, expected.weight)
     torch.testing.assert_close(compiled.loss, expected.loss)
+
+
+@every
+def test_is_eager_for_a_reason(name, options):
+    """Noise differs from layer to layer; numbers of assignments are read by the host."""
+    router, (x, tokens) = make(name, options), make_tokens(40)
+    first = router(x, tokens)
+    for part in router.modules():
+        part.stream = getattr(part, "stream", 0) + 12345
+    second = router(x, tokens)
+    noisy = first.weight.shape != second.weight.shape or not (
+        torch.equal(first.expert, second.expert) and torch.equal(first.weight, second.weight)
+    )
+    assert router.eager == (COUNTS_ROWS if name in SPARSE else DRAWS_NOISE if noisy else None)
+
+
+@pytest.mark.slow
+@every
+def test_one_without_a_reason_compiles_whole(name, options):
+    torch.compile(len)  # takes the checks of shapes off, before methods are looked up
+    torch.compiler.reset()
+    router = make(name, options)
+    if router.eager is not None:
+        pytest.skip(router.eager)
+    compiled = torch.compile(lambda *given: tuple(router(*given)), backend="aot_eager", fullgraph=True)
+    x, tokens = make_tokens(20)
+    results = []
+    for call in (compiled, router):
+        x = x.detach().requires_grad_()
+        routing = Routing._make(call(x, tokens))
+        loss = (routing.weight * torch.linspace(-1, 1, len(routing.weight))).sum() + routing.loss
+        results.append((routing.expert, routing.weight.detach(), gradient(router, loss)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
