@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.engines import settings
+from moe.engines.canonical import draw, fill
 from moe.engines.figures import Figures, read
 from moe.engines.optimizer import Optimizers, squares
 from moe.errors import CheckpointError, ConfigError
-from moe.model.initialise import initial_value
 from moe.model.loss import IGNORE
 from moe.model.moe_layer import MoELayer, Report
 from moe.model.stages import stage
 from moe.model.transformer import Output, Transformer
 from moe.parallel import balance
-from moe.parallel.apply import held, parallelize
+from moe.parallel.apply import parallelize
 from moe.parallel.collectives import sum_ranks
 from moe.parallel.expert_parallel import AllToAll
 from moe.parallel.foresight import Planner
@@ -61,8 +61,8 @@ class Evaluated(NamedTuple):
 class Engine(ABC):
     """Trains a model that comes on the meta device; a subclass says where parameters live and how gradients meet.
 
-    Parameters start as a pure function of (seed, name), whatever the ranks. Under bfloat16 all arithmetic but the routers'
-    is bfloat16, while what the optimizer moves, its moments and every sum of gradients are float32.
+    first_weights: draw them, each a pure function of (seed, name, index) on any number of ranks; else `load_canonical` must come first.
+    Under bfloat16 all arithmetic but the routers' is bfloat16; what the optimizer moves, its moments and gradient sums are float32.
     """
 
     rules: type[Optimizers] = Optimizers
@@ -79,6 +79,7 @@ class Engine(ABC):
         clip: float | None,
         balance_window: str,
         seed: int,
+        first_weights: bool = True,
     ) -> None:
         self.model, self.mesh, self.seed = model, mesh, seed
         self.compute = _DTYPES[dtype]
@@ -103,12 +104,16 @@ class Engine(ABC):
                 self.owners = Owners(self.planner, model, self.grid, mesh.machine_ranks)
         self.copies: list[tuple[Tensor, Tensor]] = []  # what the model uses, and the float32 original that the optimizer moves
         self.parameters = self.place()
+        self.has_weights = first_weights
+        if first_weights:
+            self.draw({name: self._of_all(name, tensor) for name, tensor in self.parameters.items()})
+            self._publish()
         hidden = [name for name in self.parameters if name.startswith("layers.")]
         self.optimizers = self.rules(optimizer, self.parameters, hidden=hidden, routers=self.of_routers)
 
     @abstractmethod
     def place(self) -> dict[str, Tensor]:
-        """Allocate the model's parameters at their first values, and name those that the optimizer moves."""
+        """Allocate the model's parameters, give buffers their first values, and name the tensors that the optimizer moves."""
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager:
@@ -136,6 +141,7 @@ class Engine(ABC):
 
     def step(self, batch: Any, step: int, lr: float) -> StepResult:
         """Learn from the global batch of which `batch` holds this rank's rows."""
+        self._check_weights()
         batch = self._here(batch)
         parts = self._cut(batch)
         counts = self._counts(batch)
@@ -242,6 +248,7 @@ class Engine(ABC):
     @torch.no_grad()
     def evaluate(self, batch: Any, step: int) -> Evaluated:
         """Losses of a held-out batch, summed over ranks; changes nothing. Every rank must call it as often."""
+        self._check_weights()
         batch = self._here(batch)
         self.model.eval()
 
@@ -269,6 +276,12 @@ class Engine(ABC):
         """What must be equal on the ranks that have copies of it, as in a canonical state; read-only."""
         return self._named(self._state())
 
+    def draw(self, parameters: dict[str, Tensor]) -> None:
+        """Give parameters of a canonical state their first values; buffers among them have theirs already."""
+        for key, tensor in parameters.items():
+            if (name := key.removeprefix(f"{_MODEL}.")) in self.shapes:
+                draw(name, tensor, self.model.settings, self.seed)
+
     @torch.no_grad()
     def load_canonical(self, state: dict[str, Tensor]) -> None:
         """Go on from a canonical state: that of this engine filled in place, or whole tensors of any other.
@@ -280,6 +293,7 @@ class Engine(ABC):
         self._load(state)
         self.optimizers.resume(int(state["optimizer.step"]))
         self._publish()
+        self.has_weights = True
 
     def _load(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The canonical state, filled from another."""
@@ -290,7 +304,7 @@ class Engine(ABC):
                 f"give the recipe that the state was saved with"
             )
         for name, tensor in own.items():
-            _fill(name, tensor, state[name])
+            fill(name, tensor, state[name])
         return own
 
     @torch.no_grad()
@@ -298,10 +312,9 @@ class Engine(ABC):
         if self.copies:
             torch._foreach_copy_([copy for copy, _ in self.copies], [original for _, original in self.copies])
 
-    def _first(self, name: str, device: torch.device | None = None) -> Tensor:
-        """First value of a parameter: the whole, or of the experts that this rank holds."""
-        here = held(self.grid, self.shapes[name][0]) if self.grid is not None and name in self.shared_out else None
-        return initial_value(name, self.shapes[name], self.model.settings, self.seed, self.master, here).to(device or self.mesh.device)
+    def _check_weights(self) -> None:
+        if not self.has_weights:
+            raise RuntimeError("this engine was built with first_weights=False and has no weights yet; call load_canonical first")
 
     def _of_all(self, key: str, tensor: Tensor) -> Tensor:
         """A parameter of this rank's experts, or a moment of it, as a part of all experts'; the same memory."""
@@ -384,16 +397,3 @@ class Engine(ABC):
 
 def _targets(batch: Any) -> Tensor:
     return (batch.targets != IGNORE).sum()
-
-
-def _fill(name: str, target: Tensor, source: Tensor) -> None:
-    if target is source:
-        return
-    if target.shape != source.shape:
-        raise CheckpointError(f"{name} has shape {tuple(source.shape)} in the state and {tuple(target.shape)} in the model")
-    if isinstance(target, DTensor):
-        if not isinstance(source, DTensor):
-            source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(source)
-    else:
-        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

@@ -32,13 +32,13 @@ class DDP(Engine):
             router.reset_buffers()
         masters: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
-            first = self._first(name)
             owned = self.planner is not None and name in self.shared_out  # what is used are copies, made in the dtype of the arithmetic
             if self.compute == self.master or name in self.of_routers or owned:
-                p.data, masters[name] = first, p
+                masters[name] = p
             else:
-                p.data, masters[name] = first.to(self.compute), first
-                self.copies.append((p, first))
+                masters[name] = p.data
+                p.data = torch.empty_like(p.data, dtype=self.compute)
+                self.copies.append((p, masters[name]))
         pairs = [(name in self.shared_out, (p, masters[name])) for name, p in reversed(list(model.named_parameters()))]
         self.lanes = [Lane([pair for out, pair in pairs if not out], None)]
         self.of_experts: list[tuple[Tensor, Tensor]] = [pair for out, pair in pairs if out]

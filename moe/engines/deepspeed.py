@@ -110,8 +110,6 @@ class DeepSpeed(Engine):
         model = self.model.to(self.master).to_empty(device=self.mesh.device)
         for router in self.routers:
             router.reset_buffers()
-        for name, p in model.named_parameters():
-            p.data = self._first(name)
         self.here = {name: p.shape for name, p in model.named_parameters()}
         return dict(model.named_parameters())
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from moe.engines.base import Engine
 from moe.errors import ConfigError
@@ -37,7 +36,7 @@ class FSDP2(Engine):
         model.to_empty(device=self.mesh.device)
         for router in self.routers:
             router.reset_buffers()
-        return {name: self._begin(name, p) for name, p in model.named_parameters()}
+        return dict(model.named_parameters())
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -101,12 +100,6 @@ class FSDP2(Engine):
         fully_shard(layer.experts, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda _: Shard(2))
         if reads:
             register_fsdp_forward_method(layer.experts, "summarise")
-
-    @torch.no_grad()
-    def _begin(self, name: str, p: Tensor) -> Tensor:
-        first = self._first(name, p.device)
-        p.copy_(distribute_tensor(first, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else first)
-        return p
 
 
 def _expert_dims(model: nn.Module, shards: int) -> dict[nn.Parameter, Shard]:

@@ -1,53 +1,47 @@
-"""First values: each a pure function of the seed and the parameter's name, whatever the number of ranks or the engine."""
+"""First weights: each value is a pure function of the seed, the parameter's name and its place in the whole parameter."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.model.settings import Model
 from moe.routers import build
 from moe.routers.base import Router
+from moe.routers.draw import Law, draw_
 
 _OUTPUTS = ("attention.o.weight", "mlp.down.weight", "experts.down", "shared.down.weight")  # what is added to the residual stream
 
 
-def initial_value(
-    name: str,
-    shape: torch.Size | tuple[int, ...],
-    settings: Model,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    experts: range | None = None,
-) -> Tensor:
-    """The whole of a parameter on the CPU, drawn in float32: norms 1, biases 0, the rest normal within three deviations.
+def initial_law(name: str, shape: Sequence[int], settings: Model) -> Law:
+    """What a parameter's first values are drawn from: norms 1, biases 0, the rest normal within three deviations.
 
-    Projections into the residual stream shrink by sqrt(2 * layers) (Radford et al., 2019). Stacked experts are drawn one by
-    one, each from a stream of its own, and only `experts` of them if given. A router may have rules of its own for its sparse
-    layers.
+    Projections into the residual stream shrink by sqrt(2 * layers) (Radford et al., 2019). A router may have rules of its own for
+    its sparse layers.
     """
-    if experts is not None:
-        shape = (len(experts), *shape[1:])
     if name.endswith("norm.weight"):
-        return torch.ones(shape, dtype=dtype, device="cpu")
+        return Law("constant", 1)
     if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype, device="cpu")
-    std = settings.init_std / (math.sqrt(2 * settings.layers) if name.endswith(_OUTPUTS) else 1)
-    value = torch.empty(shape, dtype=torch.float32, device="cpu")
-    parts = zip(experts or range(len(value)), value, strict=True) if ".experts." in name else [(0, value)]
+        return Law("constant", 0)
     own = name.partition(".moe.")[2]
-    router = _router(settings) if own else None
-    for expert, part in parts:
-        generator = torch.Generator("cpu").manual_seed(stream(seed, name, expert))
-        given = None if router is None else router.first_value(own, part.shape, settings.layers, generator)
-        if given is not None:
-            part.copy_(given)
-        else:
-            nn.init.trunc_normal_(part, std=std, a=-3 * std, b=3 * std, generator=generator)
-    return value.to(dtype)
+    given = _router(settings).initial_law(own, shape, settings.layers) if own else None
+    return given or Law("truncated", settings.init_std / (math.sqrt(2 * settings.layers) if name.endswith(_OUTPUTS) else 1))
+
+
+def initialise_(target: Tensor, name: str, box: Sequence[range], shape: Sequence[int], settings: Model, seed: int) -> None:
+    """Fill `target`, in place and on its device, with first values: the part at the indices `box` of a parameter of `shape`."""
+    draw_(target, initial_law(name, shape, settings), (seed, name), box, shape)
+
+
+def initial_value(name: str, shape: Sequence[int], settings: Model, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The whole of a parameter's first value, on the CPU."""
+    value = torch.empty(*shape, dtype=dtype, device="cpu")
+    initialise_(value, name, [range(n) for n in shape], shape, settings, seed)
+    return value
 
 
 def stream(*key: object) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.model.attention import Attention, Cache, Context, attention_mask
-from moe.model.initialise import initial_value, stream
+from moe.model.initialise import initialise_, stream
 from moe.model.layers import NORMS, FeedForward, Rotary
 from moe.model.loss import IGNORE, cross_entropy, logits
 from moe.model.moe_layer import MoELayer, Report
@@ -114,7 +114,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, norm and head.
 
-    Built on the meta device it is a shape, to be allocated and filled with `initial_value`; elsewhere it starts with those
+    Built on the meta device it is a shape, to be allocated and filled by `initialise_`; elsewhere it starts with those
     values. document_mask: attention stays within documents.
     """
 
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Set every parameter to its first value."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, self.settings, seed))
+            initialise_(parameter, name, [range(n) for n in parameter.shape], parameter.shape, self.settings, seed)
 
     def forward(
         self,

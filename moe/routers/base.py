@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.routers.draw import Law
 from moe.shapes import Bool, Float, Int
 
 
@@ -121,11 +122,8 @@ class Router(nn.Module):
         """
         return None
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
-        """First value of "router.…", "experts.up" or "experts.down" in a model of so many layers; None: the model's own rule.
-
-        On the CPU, in float32. Experts are asked for one by one, each with a generator of its own.
-        """
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
+        """What "router.…", "experts.up" or "experts.down" is drawn from in a model of so many layers; None: the model's own rule."""
         return None
 
     def batch_counts(self, load: Int[Tensor, " E"], tokens: Int[Tensor, ""]) -> tuple[Tensor, Tensor]:

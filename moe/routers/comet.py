@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses
 from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens, full_precision
+from moe.routers.draw import Law
 from moe.shapes import Bool, Float
 
 
@@ -57,9 +59,9 @@ class Comet(Router):
         nn.init.zeros_(self.node_bias)
         nn.init.zeros_(self.leaf_bias)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
         bound = {"router.node": self.gamma / 100, "router.leaf": 0.05}.get(name)
-        return None if bound is None else uniform(shape, bound, generator)
+        return None if bound is None else Law("uniform", bound)
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         return Routing.dense(*self.gates(x, tokens))
@@ -123,11 +125,6 @@ def gate_statistics(weight: Float[Tensor, "t E"]) -> dict[str, Tensor]:
         "confidence": weight.amax(-1).sum(),
         "demand": (weight != 0).sum(0),
     }
-
-
-def uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:
-    """Numbers between -bound and bound, on the CPU in float32."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def check_selectors(num_experts: int, k: int, gamma: float, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens, full_precision
-from moe.routers.comet import Gates, check_selectors, gate_statistics, selector_entropy, smooth_step, uniform
+from moe.routers.comet import Gates, check_selectors, gate_statistics, selector_entropy, smooth_step
+from moe.routers.draw import Law
 from moe.shapes import Float
 
 
@@ -69,9 +71,9 @@ class DSelectK(Router):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
         bound = {"router.code": self.gamma / 100, "router.selector": 0.05}.get(name)
-        return None if bound is None else uniform(shape, bound, generator)
+        return None if bound is None else Law("uniform", bound)
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         return Routing.dense(*self.gates(x, tokens))

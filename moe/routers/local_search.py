@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +14,8 @@ from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import ROUTERS, build
 from moe.routers.base import COUNTS_ROWS, Router, Routing, Tokens
-from moe.routers.comet import Comet, Gates, gate_statistics, uniform
+from moe.routers.comet import Comet, Gates, gate_statistics
+from moe.routers.draw import Law
 from moe.routers.dselect_k import DSelectK
 from moe.shapes import Float, Int
 from moe.tables import entry
@@ -78,10 +79,10 @@ class LocalSearch(Router):
         """Uniform logarithms within 0.05."""
         nn.init.uniform_(self.log_weights, -0.05, 0.05)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
         if name == "router.log_weights":
-            return uniform(shape, 0.05, generator)
-        return self.router.first_value(name.removeprefix("router."), shape, layers, generator)
+            return Law("uniform", 0.05)
+        return self.router.initial_law(name.removeprefix("router."), shape, layers)
 
     def set_vocabulary(self, vocab: int) -> None:
         self.router.set_vocabulary(vocab)

@@ -15,22 +15,23 @@ from torch import Tensor
 from moe.shapes import Float, Int
 
 
-def _signed(constant: int) -> int:
+def signed(constant: int) -> int:
+    """A number of 64 bits as torch's integers hold it."""
     return constant - (1 << 64) if constant >> 63 else constant
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
+_GOLDEN = signed(0x9E3779B97F4A7C15)
+_FIRST = signed(0xBF58476D1CE4E5B9)
+_SECOND = signed(0x94D049BB133111EB)
 
 
 def bits(stream: int, step: int, index: Int[Tensor, " t"], columns: int) -> Int[Tensor, "t c"]:
     """64 random bits for each token and column, as signed integers."""
-    row = _mix(torch.full_like(index, _signed(stream % (1 << 64)), dtype=torch.int64) + _GOLDEN)
-    row = _mix(row + step + _GOLDEN)
-    row = _mix(row + index + _GOLDEN)
+    row = mix(torch.full_like(index, signed(stream % (1 << 64)), dtype=torch.int64) + _GOLDEN)
+    row = mix(row + step + _GOLDEN)
+    row = mix(row + index + _GOLDEN)
     column = torch.arange(1, columns + 1, device=index.device)
-    return _mix(row[:, None] + column * _GOLDEN)
+    return mix(row[:, None] + column * _GOLDEN)
 
 
 def uniform(stream: int, step: int, index: Int[Tensor, " t"], columns: int) -> Float[Tensor, "t c"]:
@@ -50,13 +51,14 @@ def gumbel(stream: int, step: int, index: Int[Tensor, " t"], columns: int) -> Fl
     return -torch.log(-torch.log(uniform(stream, step, index, columns)))
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64; `x` is overwritten."""
-    x.bitwise_xor_(_shift(x, 30)).mul_(_FIRST)
-    x.bitwise_xor_(_shift(x, 27)).mul_(_SECOND)
-    return x.bitwise_xor_(_shift(x, 31))
+def mix(x: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """The finaliser of splitmix64, a hash of 64 bits; `x` is overwritten, and `scratch`, of its shape, if it is given."""
+    x.bitwise_xor_(_shift(x, 30, scratch)).mul_(_FIRST)
+    x.bitwise_xor_(_shift(x, 27, scratch)).mul_(_SECOND)
+    return x.bitwise_xor_(_shift(x, 31, scratch))
 
 
-def _shift(x: Tensor, n: int) -> Tensor:
+def _shift(x: Tensor, n: int, scratch: Tensor | None) -> Tensor:
     # torch shifts signed integers arithmetically; the mask removes the copies of the sign
-    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
+    shifted = x >> n if scratch is None else torch.bitwise_right_shift(x, n, out=scratch)
+    return shifted.bitwise_and_((1 << (64 - n)) - 1)

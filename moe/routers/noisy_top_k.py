@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from moe.kernels.product import linear
 from moe.routers import losses
 from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best
 from moe.routers.capacity import Capacity
+from moe.routers.draw import Law
 from moe.routers.noise import normal
 from moe.shapes import Float
 
@@ -66,8 +68,8 @@ class NoisyTopK(Router):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0 if self.noise == "learned" else std)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
-        return torch.zeros(shape) if self.noise == "learned" and name.startswith("router.") else None
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
+        return Law("constant", 0) if self.noise == "learned" and name.startswith("router.") else None
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         clean = noisy = linear(x, self.weight)

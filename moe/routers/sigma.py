@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses, noise
 from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best
+from moe.routers.draw import Law
 from moe.shapes import Float
 
 
@@ -53,23 +55,15 @@ class Sigma(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The first values of a model of one layer."""
-        if self.weight.is_meta:
-            return
-        value = self.first_value("router.weight", self.weight.shape, 1, torch.default_generator)
-        if value is None:
-            nn.init.normal_(self.weight, std=0.02)
-        else:
-            self.weight.copy_(value)
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Small normal weights."""
+        nn.init.normal_(self.weight, std=std)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
         fan_in = {"router.weight": self.d_model, "experts.up": self.d_model, "experts.down": self.num_experts * shape[-1]}.get(name)
         if fan_in is None or self.init == "model":
             return None
-        value = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(std=math.sqrt(2 / (fan_in * layers)), generator=generator)
-        return _equal_rows(value) if name == "router.weight" else value
+        return Law("normal", math.sqrt(2 / (fan_in * layers)), equal_rows=name == "router.weight")
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         logits, valid = linear(x, self.weight), tokens.valid[:, None]
@@ -111,9 +105,3 @@ class Sigma(Router):
             sums = seen if self.window_complete else sums + seen
         mean = sums[:-1] / sums[-1].clamp(min=1)
         return mean.clamp(min=torch.finfo(dtype).tiny).log().to(dtype)
-
-
-def _equal_rows(weight: Float[Tensor, "E d"]) -> Float[Tensor, "E d"]:
-    """Rows of equal length and their old angles, with the standard deviation that the whole had."""
-    rows = weight / weight.norm(dim=1, keepdim=True)
-    return rows * (weight.std() / rows.std())

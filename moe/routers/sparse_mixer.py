@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from moe.errors import ConfigError
 from moe.kernels.product import linear
 from moe.routers import losses, noise
 from moe.routers.base import DRAWS_NOISE, Router, Routing, Tokens, best, full_precision
+from moe.routers.draw import Law
 from moe.shapes import Bool, Float, Int
 
 
@@ -126,8 +128,8 @@ class SparseMixer(Router):
         if self.omega is not None:
             nn.init.ones_(self.omega)
 
-    def first_value(self, name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor | None:
-        return torch.ones(shape) if name == "router.omega" else None
+    def initial_law(self, name: str, shape: Sequence[int], layers: int) -> Law | None:
+        return Law("constant", 1) if name == "router.omega" else None
 
     def forward(self, x: Float[Tensor, "t d"], tokens: Tokens) -> Routing:
         if self.input_jitter and self.training:

@@ -53,7 +53,7 @@ def fine_tune(recipe: Recipe, *, keep: int, window: int | None, beta: float, sco
     mesh, console = join(recipe), Console(first=True)
     corpus = read_corpus(recipe, mesh, open_folder(recipe) / "tokens")
     model = build_model(recipe, corpus.tokenizer)
-    engine, loader = build_engine(recipe, model, mesh), build_loader(recipe, corpus, mesh)
+    engine, loader = build_engine(recipe, model, mesh, first_weights=False), build_loader(recipe, corpus, mesh)
     assert recipe.origin is not None
     console.say(begin(recipe.origin, engine, mesh))
     experts = {layer: router.num_experts for layer, router in model.routers().items()}

@@ -44,6 +44,7 @@ def begin(folder: Path, engine: Any, mesh: Mesh | None) -> str:
             "choose the optimizer.name that it was trained with, or write it again with --optimizer reset"
         )
     _check_shapes(folder, weights | moments, state)
+    engine.draw({name: state[name] for name in fresh})
     engine.load_canonical(state | weights | moments)
     also = " and its optimizer's moments" if moments else ""
     left = f"; {min(fresh).removeprefix(MODEL)} and its like begin fresh" if fresh else ""

@@ -79,9 +79,9 @@ def train(recipe: Recipe) -> None:
         console.say(line)
     mesh.first_does(lambda: write_whole(folder / "model.json", json.dumps(price._asdict()) + "\n"))
 
-    engine = build_engine(recipe, model, mesh)
-    loader = build_loader(recipe, corpus, mesh)
     store = Store(folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, durable_every=recipe.checkpoint.durable_every)
+    engine = build_engine(recipe, model, mesh, first_weights=not store.steps() and recipe.origin is None)
+    loader = build_loader(recipe, corpus, mesh)
     progress = restore(store, engine, loader, console, recipe)
     metrics = Metrics(folder, recipe.log, first=mesh.first, from_step=progress.step)
     evaluation = Evaluation(recipe, corpus, engine, mesh, folder)
@@ -225,8 +225,8 @@ def describe_compiled(model: Transformer) -> str:
     return f"compiled: {', '.join(taken)}; eager: {', '.join(left)}"
 
 
-def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:
-    """The recipe's engine around a model on the meta device."""
+def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh, *, first_weights: bool = True) -> Any:
+    """The recipe's engine around a model on the meta device; without `first_weights` it waits for those that it is given."""
     with explaining(recipe, mesh):
         return entry(ENGINES, recipe.engine.name, "engine")(
             model,
@@ -238,6 +238,7 @@ def build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Any:
             clip=recipe.train.clip,
             balance_window=recipe.train.balance_window,
             seed=recipe.train.seed,
+            first_weights=first_weights,
         )
 
 
@@ -255,7 +256,10 @@ def build_loader(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> Loader:
 
 
 def restore(store: Store, engine: Any, loader: Loader, console: Console, recipe: Recipe) -> Progress:
-    """Progress of the newest checkpoint, with engine and loader brought to it; of step 0, with the first weights, if there is none."""
+    """Progress of the newest checkpoint, with engine and loader brought to it; of step 0 if there is none.
+
+    Then the engine takes the weights that `init.from` names, or keeps the first ones that it has drawn.
+    """
     if not store.steps():
         if recipe.origin is not None:
             console.say(begin(recipe.origin, engine, store.mesh))
