@@ -33,7 +33,7 @@ _GRAIN = 1 << 15  # elements from which torch shares work out over threads
 class Law(NamedTuple):
     """What the first values of a parameter are drawn from.
 
-    `constant`: scale itself. `uniform`: between -scale and scale. `normal`: of standard deviation scale, at most 4.2 of them.
+    `constant`: scale itself. `uniform`: between -scale and scale. `normal`: of standard deviation scale, at most 4.33 of them.
     `truncated`: the same within three deviations, which leaves 0.9866 of the standard deviation.
     equal_rows: each row is scaled to the norm scale * sqrt(columns), and keeps its direction.
     """
@@ -116,4 +116,4 @@ def _scaled(rows: Tensor, scale: float) -> Tensor:
     """Rows of the norm scale * sqrt(columns), in float64; their squares are summed exactly, in whatever order."""
     whole = rows.double().mul_(_UNIT)
     square = whole.long().square_().sum(1, keepdim=True).double()
-    return whole * (scale * (rows.shape[1] / square).sqrt())
+    return (whole * (scale * (rows.shape[1] / square).sqrt())).float()

@@ -30,7 +30,7 @@ def begin(folder: Path, engine: Any, mesh: Mesh | None) -> str:
         return f"beginning with the newest checkpoint of {folder}"
     weights = {MODEL + name: tensor for name, tensor in load_weights(folder / "weights").items()}
     fresh = [name for name in model.keys() - weights.keys() if ROUTER in name and not name.endswith(".weight")]
-    if wrong := sorted(model.keys() ^ weights.keys() - set(fresh)):
+    if wrong := sorted((model.keys() ^ weights.keys()) - set(fresh)):
         where = "is not in" if wrong[0] in model else "is only in"
         raise CheckpointError(
             f"init.from={folder} is of another model: {wrong[0].removeprefix(MODEL)} {where} its weights ({len(wrong)} names differ); "

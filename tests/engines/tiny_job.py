@@ -88,6 +88,7 @@ def engine(
     overlap: int = 1,
     copies: dict[str, Any] | None = None,
     machine_ranks: int = 2,
+    first_weights: bool = True,
     built: Transformer | None = None,
     **shape: Any,
 ) -> Any:
@@ -111,6 +112,7 @@ def engine(
         clip=clip,
         balance_window=balance_window,
         seed=0,
+        first_weights=first_weights,
     )
 
 

@@ -32,8 +32,8 @@ def spoilt(rank, world, path):
     """What the run says, and the steps of which it left a checkpoint."""
     build = loop.build_engine
 
-    def broken(*args):
-        engine = build(*args)
+    def broken(*args, **options):
+        engine = build(*args, **options)
         step = engine.step
 
         def step_and_drift(batch, number, lr):
