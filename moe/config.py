@@ -24,6 +24,7 @@ __all__ = ["Choice", "Settings", "dump", "load", "refuse_idle", "schema", "wrong
 
 FORMS = {"recipe": "moe.recipe:Recipe"}  # by name, because forms live on floors above this one
 COMMAND_LINE = "command line"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Key = tuple[str | int, ...]
 
 
@@ -71,6 +72,8 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = (), form: Any =
         _merge(tree, (), *read_file(Path(file)), places)
     for word in overrides:
         _override(tree, word, places)
+    if urls := list(_urls(tree, places)):
+        raise ConfigError("\n".join(urls))
     try:
         # as JSON, where a list may fill a tuple and everything else stays strict
         return form.model_validate_json(json.dumps(form.complete(tree)))
@@ -165,6 +168,17 @@ def _sentences(error: ValidationError, form: type[Settings], tree: dict[str, Any
         known = [path[:n] for n in range(len(path), 0, -1) if path[:n] in places]
         place = f"{places[known[0]]}: " if known else ""
         yield place + _sentence(problem, path, form, tree)
+
+
+def _urls(node: Any, places: Places, path: Key = ()) -> Iterator[str]:
+    """A sentence for each value that names a place which is not in this machine's file system: s3://bucket/run is no local folder."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _urls(value, places, (*path, key))
+    elif isinstance(node, str) and _URL.match(node):
+        known = [path[:n] for n in range(len(path), 0, -1) if path[:n] in places]
+        place = f"{places[known[0]]}: " if known else ""
+        yield f"{place}{dotted(path)}={_shown(node)} is a URL, and only local paths can be read and written; give a path, such as /mnt/run"
 
 
 def _path(loc: Key, tree: Any) -> Key:

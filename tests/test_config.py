@@ -339,3 +339,23 @@ def test_the_schema_offers_each_entry_with_its_own_options():
     assert options["box"]["properties"]["colour"]["enum"] == ["red", "blue"]
     assert options["dot"]["properties"]["copy"] == {"type": "integer", "default": 1}
     assert options["dot"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("run.folder=s3://b/run", "run.folder"),
+        ("data.source={name: text, paths: [a.txt, 'gs://b/c.txt']}", r"data\.source\.paths\.1"),
+        ("init={from: 'https://b/m'}", "init.from"),
+    ],
+)
+def test_urls_are_no_local_paths(word, key):
+    with pytest.raises(ConfigError, match=rf"^command line: {key}=\S+ is a URL, and only local paths .* give a path"):
+        load(["configs/debug.yaml"], [word])
+
+
+def test_a_url_in_a_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("run:\n  folder: s3://b/run\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml:2: run\.folder=s3://b/run is a URL"):
+        load(["configs/debug.yaml", str(tmp_path / "a.yaml")])
+    assert not Path("s3:").exists()

@@ -79,8 +79,8 @@ def choose(machine: Machine, dtype: torch.dtype, d: int, f: int) -> Choice:
     missing = no_triton(machine)
     if missing is not None:
         return Choice("torch", missing)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return Choice("torch", f"the Triton kernels are for bfloat16 and float16, not {_word(dtype)}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):  # torch's grouped products of float32 wait for the GPU, group by group
+        return Choice("torch", f"the Triton kernels are for bfloat16, float16 and float32, not {_word(dtype)}")
     if d % STEP or f % STEP:
         return Choice("torch", f"the Triton kernels need widths that are multiples of {STEP}, not {d} and {f}")
     return Choice("triton", f"{_word(dtype)} on a GPU with Triton")

@@ -18,7 +18,8 @@ BF16 = torch.bfloat16
     [
         (H100, BF16, 2048, 768, "triton", "bfloat16 on a GPU with Triton"),
         (H100, torch.float16, 16, 16, "triton", "float16 on a GPU with Triton"),
-        (H100, torch.float32, 2048, 768, "torch", "not float32"),
+        (H100, torch.float32, 2048, 768, "triton", "float32 on a GPU with Triton"),
+        (H100, torch.float64, 2048, 768, "torch", "not float64"),
         (H100, BF16, 2048, 760, "torch", "multiples of 16, not 2048 and 760"),
         (H100, BF16, 2040, 768, "torch", "multiples of 16, not 2040 and 768"),
         (H100._replace(triton=None), BF16, 2048, 768, "torch", "Triton is not installed"),
