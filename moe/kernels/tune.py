@@ -1,6 +1,7 @@
 """Measure configurations of the Triton kernels on the GPU at hand, and write the best as the user's own table.
 
-A search from the shipped configurations: each is measured, then the fastest one's neighbours, until none is faster.
+A search from the shipped configurations and from `STARTS`: each is measured, then the fastest one's neighbours, until none is
+faster.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ MEASURED = 25  # times each configuration runs, one after the other so that cloc
 FLUSH = 256 << 20  # bytes written between runs, more than the L2 cache of any GPU
 WORTH = 0.98  # a neighbour must take at most this share of the time: less is noise
 
+# Where the search begins on Hopper and newer, beside the shipped configurations: steps of one thing at a time do not reach these,
+# because what lies between is slower. A smaller tile pays off when a second block fits on a multiprocessor beside it, which takes
+# fewer warps or stages too; a persistent kernel, when its tiles are large; more stages, when two of them buy a buffer more.
+_WIDE, _SQUARE = Config(128, 256, 64, 8, 3, tma=True), Config(128, 128, 64, 8, 3, tma=True)
+STARTS = {
+    "up": [_SQUARE, _SQUARE._replace(BLOCK_N=64), _SQUARE._replace(BLOCK_N=64, warps=4), _SQUARE._replace(BLOCK_M=256, BLOCK_N=64)],
+    "down": [_WIDE, _WIDE._replace(persistent=True), _WIDE._replace(stages=4, persistent=True), _SQUARE, _SQUARE._replace(warps=4)],
+    "down_dgrad": [_SQUARE, _SQUARE._replace(BLOCK_N=64, warps=4, stages=4), _SQUARE._replace(BLOCK_M=64, warps=4)],
+    "wgrad": [c._replace(tma=False) for c in (_WIDE, _WIDE._replace(stages=4), _SQUARE, _SQUARE._replace(warps=4))],
+}
+STARTS["up_dgrad"] = STARTS["down"]
+
 Run = Callable[[], object]
 Timer = Callable[[Sequence[Run]], list[float]]  # seconds of each
 
@@ -49,11 +62,17 @@ def tune(shape: Shape, device: torch.device, timer: Timer, say: Callable[[str], 
     entries = []
     for problem in problems(shape, device):
         first = lookup(problem.kernel, arch, problem.n, problem.k, rows, itemsize)
-        tried = search(problem, [first, *triton_configs.shipped(problem.kernel, arch, itemsize)], timer)
+        tried = search(problem, starts(problem.kernel, arch, itemsize, first), timer)
         best = min(tried, key=lambda config: tried[config])
         say(f"{problem.name}: {1e6 * tried[first]:.1f} → {1e6 * tried[best]:.1f} µs, {len(tried)} tried; {_words(best)}")
         entries.append(Entry(problem.kernel, architecture(arch), itemsize, problem.n, problem.k, rows, best))
     return entries
+
+
+def starts(kernel: str, arch: int, itemsize: int, first: Config) -> list[Config]:
+    """Where the search for a kernel's configuration begins: `first`, the shipped ones, and STARTS where they are meant for."""
+    wide = STARTS.get(kernel, []) if architecture(arch) >= 90 and itemsize == 2 else []
+    return list(dict.fromkeys([first, *triton_configs.shipped(kernel, arch, itemsize), *wide]))
 
 
 def search(problem: Problem, first: list[Config], timer: Timer) -> dict[Config, float]:
@@ -119,7 +138,9 @@ def neighbours(kernel: str, config: Config) -> list[Config]:
     doubled = ("BLOCK_N", "warps") if kernel == "combine" else ("BLOCK_M", "BLOCK_N", "BLOCK_K", "warps", "group_m")
     steps = [{name: size} for name in doubled for size in (2 * getattr(config, name), getattr(config, name) // 2)]
     if kernel != "combine":
-        steps += [{"stages": config.stages + 1}, {"stages": config.stages - 1}]
+        steps += [{"stages": config.stages + step} for step in (1, -1, 2, -2)]
+    if kernel in ("down", "up_dgrad"):
+        steps += [{"persistent": not config.persistent}]
     near = [config._replace(**step) for step in steps]
     largest = 4096 if kernel == "combine" else 256
     return [

@@ -38,7 +38,7 @@ from moe.kernels.triton_sort import sort
 from moe.kernels.triton_split import stacked
 from moe.kernels.triton_tiles import tile_map, tiles
 from moe.kernels.triton_top_k import top_k
-from moe.kernels.tune import problems
+from moe.kernels.tune import STARTS, problems
 
 GOLDEN = Path(__file__).with_name("golden_sm.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -112,7 +112,7 @@ class Case(NamedTuple):
 
 
 def cases(table: Path, fast: bool) -> list[Case]:
-    """Every configuration of a table; the fast ones: bfloat16 and gates on Hopper, elsewhere each kernel's first."""
+    """Every configuration of a table, and where tuning begins; fast: bfloat16 with gates on Hopper, elsewhere each kernel's first."""
     found = [Case(name, "", arch, torch.bfloat16, None) for arch in SHARED_KIB for name in PLANS if arch == 90 or not fast]
     started = set()
     for entry in read(table.read_bytes(), str(table)):
@@ -124,6 +124,9 @@ def cases(table: Path, fast: bool) -> list[Case]:
                     continue
                 if not fast or (dtype == torch.bfloat16 and not kind and (entry.arch == 90 or first)):
                     found.append(Case(entry.kernel, kind, entry.arch, dtype, entry.config))
+    if table == SHIPPED:  # of where `moe tune` begins, persistent kernels always
+        tuned = [Case(kernel, "", 90, torch.bfloat16, config) for kernel, configs in STARTS.items() for config in configs]
+        found += [case for case in tuned if not fast or (case.config and case.config.persistent and case.config.stages == 3)]
     return list(dict.fromkeys(found))
 
 

@@ -13,7 +13,7 @@ from moe.errors import ConfigError
 from moe.kernels import triton_configs, triton_mlp
 from moe.kernels.reference import ExpertWeights, Rows
 from moe.kernels.triton_configs import Config, Shape, choose, read, shipped
-from moe.kernels.tune import Problem, neighbours, problems, search, tune, write
+from moe.kernels.tune import STARTS, Problem, neighbours, problems, search, starts, tune, write
 
 CPU = torch.device("cpu")
 TINY = Shape(d=16, f=32, experts=2, k=2, tokens=4, dtype=torch.float32)
@@ -47,6 +47,55 @@ def test_the_search_ends_where_neighbours_are_as_fast():
     start = Config(64, 64, 32, 4, 2)
     tried = search(Problem("up", "up", 768, 2048, pretend), [start], lambda runs: [1.0] * len(runs))
     assert set(tried) == {start, *neighbours("up", start)}
+
+
+def test_the_search_crosses_a_plateau_of_two_stages():
+    """A buffer more for every two stages, as where a gather's index is copied ahead too: the next stage alone changes nothing."""
+    start = Config(128, 256, 64, 8, 3)
+
+    def timer(runs):
+        return [2.0 - 0.3 * min(config.stages // 2, 3) + 0.5 * (config[:4] != start[:4]) for config in of(runs)]
+
+    tried = search(Problem("wgrad", "wgrad", 768, 2048, lambda config: lambda: config), [start], timer)
+    assert min(tried, key=lambda config: tried[config]).stages >= 5
+
+
+def modelled(config: Config) -> float:
+    """Time of a tile's element on a multiprocessor: what it reads, and the ends of tiles where no second block multiplies meanwhile."""
+    held = config.BLOCK_M * config.BLOCK_N / (32 * config.warps)  # accumulators of a thread
+    shared = 2 * config.stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
+    if shared > 227 << 10:
+        return float("inf")
+    blocks = min((227 << 10) // (shared + 1024), 2 if held * config.warps <= 512 else 1)
+    spilled = max(0.0, held - 128) / 128
+    reads = 100 * (1 / config.BLOCK_M + 1 / config.BLOCK_N) * (2 if config.warps == 8 and config.BLOCK_N < 256 else 1)
+    ends = 0.1 if config.persistent and config.stages >= 4 else 2.5 / blocks + 0.2 * config.persistent
+    return (reads + ends + 0.05 * abs(config.group_m - 8)) * (1 + spilled)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_starting_points_reach_what_single_steps_do_not(persistent):
+    (first, *_) = [config for config in shipped("down", 90, 2) if config.BLOCK_N == 256]
+
+    def timer(runs):
+        return [modelled(config) if persistent or not config.persistent else 100.0 for config in of(runs)]
+
+    def best(begin: list[Config]) -> Config:
+        tried = search(Problem("down", "down", 2048, 768, lambda config: lambda: config), begin, timer)
+        return min(tried, key=lambda config: tried[config])
+
+    found = best(starts("down", 90, 2, first))
+    assert best([first]) != found, "the model has a local optimum at the shipped configuration"
+    assert found.persistent if persistent else (found.BLOCK_N, found.warps) == (128, 4)
+
+
+def test_starting_points_are_for_half_precision_on_hopper_and_newer():
+    (first, *others) = shipped("down", 80, 2)
+    assert starts("down", 80, 2, first) == [first, *others]
+    assert starts("down", 90, 4, first)[0] == first
+    assert not any(config.tma for config in starts("down", 90, 4, first))
+    for kernel, configs in STARTS.items():
+        assert set(configs) <= set(starts(kernel, 90, 2, configs[0]))
 
 
 @pytest.mark.slow
