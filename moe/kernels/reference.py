@@ -33,9 +33,9 @@ class ExpertWeights(NamedTuple):
 
     up: Float[Tensor, "E g f d"]
     down: Float[Tensor, "E d f"]
-    # Set by an engine that keeps gradients from step to step: where up.grad and down.grad exist, a backend may add to them
-    # and return none, in torch.autograd.grad too. Whether autograd's hooks then run is up to the version of torch; if they
-    # do (2.13), then after the last use of a parameter in the backward pass.
+    # Set by an engine that keeps gradients from step to step: where up.grad and down.grad exist, in the dtype of the weights or a
+    # wider one (`grad_dtype`), a backend may add to them and return none, in torch.autograd.grad too. Whether autograd's hooks then
+    # run is up to the version of torch; if they do (2.13), then after the last use of a parameter in the backward pass.
     in_place: bool = False
 
 

@@ -112,16 +112,24 @@ def backward(
         for b in _blocks(stop - start):
             activate_backward(grad_activated[b], h[b], w[b], activation, gated, activated[b], dw[b], grad_hidden[b])
         if into_down is not None:
-            into_down[e].addmm_(vectors.mul_(w[:, None]).T, activated, beta=grad_down is not None)
+            _product(vectors.mul_(w[:, None]).T, activated, into_down[e], add=grad_down is not None)
         if flat_up is not None:
             torch.index_select(x, 0, index[rows], out=vectors)
-            flat_up[e].addmm_(grad_hidden.T, vectors, beta=grad_up is not None)
+            _product(grad_hidden.T, vectors, flat_up[e], add=grad_up is not None)
         if grad_x is not None:
             torch.mm(grad_hidden, up[e], out=grad_x[rows])
 
     _each(expert, spans, x, [d, d_expert, d_expert, width] + [width] * (not kept), 3 * used * width * d)
     grad_x = None if grad_x is None else bring_home(grad_x, index, slots, len(x))
     return autograd.Gradients(grad_x, grad_weight, into_up, into_down)
+
+
+def _product(left: Tensor, right: Tensor, into: Tensor, *, add: bool) -> None:
+    """left @ right into a matrix of their dtype, or added to one that may be wider."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right, beta=add)
+    else:
+        into.add_(torch.mm(left, right))
 
 
 def _spans(counts: Tensor) -> tuple[list[Span], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from moe.errors import CheckpointError, ConfigError
+from moe.model.experts import Experts
 from tests.engines.tiny_job import ROUTER, batch, difference, engine, same, train, whole
 from tests.workers import run_ranks
 
@@ -143,6 +145,25 @@ def test_bfloat16_stays_close_to_float32_with_float32_masters():
     for accumulate in (1, 4):  # the same arithmetic, wherever parameters live
         for a, b in zip(runs["ddp", accumulate].figures, runs["fsdp2", accumulate].figures, strict=True):
             assert a == pytest.approx(b, rel=2e-3)
+
+
+def float32_sums(rank, world):
+    """Of each expert weight: is its gradient the bucket's own memory, and is any of it more exact than bfloat16?"""
+    job = engine(dtype="bfloat16", backend="triton")
+    modules = [module for module in job.model.modules() if isinstance(module, Experts)]
+    with job.accumulating(last=False):
+        job.model(*batch(0, rank, world)).loss.backward()
+    buckets = [bucket.sum.untyped_storage().data_ptr() for bucket in job.buckets]
+    gradients = [p.grad for module in modules for p in module.parameters()]
+    own = all(grad.untyped_storage().data_ptr() in buckets for grad in gradients)
+    return own, [not torch.equal(grad, grad.bfloat16().float()) for grad in gradients]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton runs on Linux only")
+def test_under_bfloat16_gradients_of_experts_are_added_to_the_float32_ones_without_rounding():
+    for own, exact in run_ranks(1, float32_sums):
+        assert own
+        assert exact == [True] * 4
 
 
 def small_steps(rank, world):

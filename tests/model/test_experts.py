@@ -72,6 +72,23 @@ def test_gradients_added_in_place_equal_those_that_autograd_adds(backend):
 
 
 @pytest.mark.parametrize("backend", IN_PLACE)
+def test_bfloat16_experts_add_to_float32_gradients_in_place(backend):
+    kept, exact = experts(backend, torch.bfloat16), experts("reference", torch.bfloat16).double()
+    kept.in_place = True
+    for p in kept.parameters():
+        p.grad_dtype, p.grad = torch.float32, torch.zeros(p.shape)
+    storage = [p.grad.data_ptr() for p in kept.parameters()]
+    for seed in range(3):
+        rows = batch(seed, torch.bfloat16)
+        loss(kept(rows)).backward()
+        loss(exact(rows._replace(x=rows.x.double(), weight=rows.weight.double()))).backward()
+    assert [p.grad.data_ptr() for p in kept.parameters()] == storage
+    for p, q in zip(kept.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert (p.grad - q.grad).norm() < 2e-2 * q.grad.norm()
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
 def test_where_no_gradient_is_kept_autograd_brings_it_and_calls_its_hooks(backend):
     module, heard = experts(backend), []
     module.in_place = True
