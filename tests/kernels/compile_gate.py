@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -89,6 +89,7 @@ WAIT = r"cp\.async\.wait_group\s+(\d+)"
 UNFINISHED = r"wgmma\.wait_group\.sync\.aligned\s+[1-9]|tcgen05\.mma"  # the product of a step runs on while the next begins
 BUFFERS = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x[\dx]+x(?:bf16|f16|f32)"  # in TTGIR
 ADVICE = r"(?:Potential Performance Loss|warning).*"  # of ptxas: "wgmma.mma_async instructions are serialized due to …"
+_MANY = 20  # cases
 PER_SM = {80: (164, 64), 89: (100, 48), 90: (228, 64), 100: (228, 64)}  # KiB of shared memory, 1 of them a block's own; warps
 
 
@@ -112,21 +113,17 @@ class Case(NamedTuple):
 
 
 def cases(table: Path, fast: bool) -> list[Case]:
-    """Every configuration of a table, and where tuning begins; fast: bfloat16 with gates on Hopper, elsewhere each kernel's first."""
-    found = [Case(name, "", arch, torch.bfloat16, None) for arch in SHARED_KIB for name in PLANS if arch == 90 or not fast]
-    started = set()
-    for entry in read(table.read_bytes(), str(table)):
-        first = (entry.kernel, entry.arch) not in started
-        started.add((entry.kernel, entry.arch))
-        for dtype in DTYPES[entry.itemsize]:
-            for kind in KINDS:
-                if kind and entry.kernel not in AFFECTED[kind]:
-                    continue
-                if not fast or (dtype == torch.bfloat16 and not kind and (entry.arch == 90 or first)):
-                    found.append(Case(entry.kernel, kind, entry.arch, dtype, entry.config))
-    if table == SHIPPED:  # of where `moe tune` begins, persistent kernels always
-        tuned = [Case(kernel, "", 90, torch.bfloat16, config) for kernel, configs in STARTS.items() for config in configs]
-        found += [case for case in tuned if not fast or (case.config and case.config.persistent and case.config.stages == 3)]
+    """Every configuration of a table, and where tuning begins; fast: of each product on Hopper the one for most rows, in bfloat16."""
+    entries = read(table.read_bytes(), str(table))
+    if fast:
+        first = {e.kernel: e.config for e in reversed(entries) if e.arch == 90 and e.itemsize == 2 and e.kernel in PRODUCTS}
+        return [Case(kernel, "", 90, torch.bfloat16, first[kernel]) for kernel in sorted(first)]
+    found = [Case(name, "", arch, torch.bfloat16, None) for arch in SHARED_KIB for name in PLANS]
+    for entry in entries:
+        kinds = [kind for kind in KINDS if not kind or entry.kernel in AFFECTED[kind]]
+        found += [Case(entry.kernel, kind, entry.arch, dtype, entry.config) for dtype in DTYPES[entry.itemsize] for kind in kinds]
+    if table == SHIPPED:
+        found += [Case(kernel, "", 90, torch.bfloat16, config) for kernel, configs in STARTS.items() for config in configs]
     return list(dict.fromkeys(found))
 
 
@@ -303,6 +300,8 @@ def faults(case: Case, made: dict[str, dict[str, Any]]) -> list[str]:
         for name, found in multiplying.items():
             if found["ahead"] < 1:
                 wrong.append(f"{name} has {found['buffers']} buffers and waits for all copies in every step; take more stages")
+            if (case.kernel, case.arch, case.dtype.itemsize) == ("down_dgrad", 90, 2) and found["blocks"] < 2:  # its epilogue is long
+                wrong.append(f"{name} runs one block a multiprocessor with {found['registers']} registers; take a smaller tile")
         if not multiplying:
             wrong.append("no buffer in shared memory: the product loop is not pipelined")
     return [f"{case.name}: {sentence}" for sentence in wrong]
@@ -328,6 +327,15 @@ def _compiled(case: Case) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     return case.name, made, faults(case, made)
 
 
+def _all(chosen: list[Case]) -> Iterator[tuple[str, dict[str, dict[str, Any]], list[str]]]:
+    """What comes of each case; many are shared between two processes, whose imports take seconds."""
+    if len(chosen) < _MANY:
+        yield from map(_compiled, chosen)
+        return
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compiled, chosen)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--fast", action="store_true")
@@ -337,12 +345,11 @@ def main() -> int:
     asked = parser.parse_args()
     chosen = [case for case in cases(asked.table, asked.fast) if all(part in case.name for part in asked.parts)]
     wrong, made = [], {}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for name, kernels, complaints in pool.map(_compiled, chosen):
-            made[name] = kernels
-            wrong += complaints
-            for kernel, found in kernels.items():
-                print(f"{name} [{kernel}]: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    for name, kernels, complaints in _all(chosen):
+        made[name] = kernels
+        wrong += complaints
+        for kernel, found in kernels.items():
+            print(f"{name} [{kernel}]: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     several = {name: number for name, number in variants().items() if number > 1}
     wrong += [f"{name}: {number} variants are compiled for 8 token counts; align its pointers" for name, number in several.items()]
     print(*wrong, sep="\n", file=sys.stderr)

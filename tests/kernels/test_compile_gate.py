@@ -81,6 +81,12 @@ def test_machine_code_that_would_be_slow_or_not_start_is_refused(change, sentenc
     assert sentence in wrong
 
 
+def test_down_dgrad_must_run_two_blocks_a_multiprocessor():
+    assert faults(case("down_dgrad"), {"down_dgrad_kernel": GOOD | {"blocks": 2}}) == []
+    (wrong,) = faults(case("down_dgrad"), {"down_dgrad_kernel": GOOD | {"registers": 133}})
+    assert "down_dgrad_kernel runs one block a multiprocessor with 133 registers" in wrong
+
+
 def test_kernels_that_multiply_nothing_need_no_tensor_cores():
     assert faults(case("combine"), {"combine_kernel": GOOD | {"mma": 0, "copies": 0, "buffers": 0, "ahead": 0}}) == []
 
@@ -142,7 +148,7 @@ def test_configurations_that_spill_or_do_not_copy_ahead_turn_the_gate_red(tmp_pa
     spills = rest | {"kernel": "up_dgrad", "tile": [128, 256, 64], "warps": 4, "stages": 3, "tma": True}
     waits = rest | {"kernel": "wgrad", "tile": [128, 128, 64], "warps": 8, "stages": 2, "tma": False}
     (tmp_path / "table.json").write_text(json.dumps({"entries": [spills, waits]}))
-    done = run(GATE, "bfloat16", "--table", tmp_path / "table.json")
+    done = run(GATE, "--fast", "--table", tmp_path / "table.json")
     assert done.returncode == 1
     assert "up_dgrad_kernel keeps values in local memory" in done.stderr
     assert "wgrad_kernel has 2 buffers and waits for all copies in every step" in done.stderr

@@ -38,6 +38,7 @@ class Layer(NamedTuple):
     needs: tuple[bool, ...] = (True, True, True, True)  # x, weight, up, down
     added: bool = False  # to float32 gradients of the weights
     tile: Config = TILE
+    padded: int = 0  # elements behind each token's vector, each expert's matrices and each expert's gradients
 
 
 CORNERS = {
@@ -51,6 +52,8 @@ CORNERS = {
     "frozen up": Layer(needs=(True, True, False, True), added=True),
     "frozen down": Layer(needs=(False, True, True, False), added=True),
     "nothing but the router learns": Layer(needs=(False, True, False, False), dropped=4),
+    "padded strides": Layer(padded=24, added=True, dropped=2),
+    "padded strides by descriptor": Layer(padded=24, added=True, tile=TILE._replace(tma=True)),
     "bfloat16 added to float32": Layer(dtype=torch.bfloat16, added=True, dropped=5, scaled=True),
 }
 FAST = [name for name in CORNERS if name not in ("37 experts of 48 x 80, 257 tokens", "512 experts")]
@@ -71,7 +74,7 @@ def drawn(seed: int) -> Layer:
         *(draw.choice(size), draw.choice(size), draw.choice([1, 2, 3, 7, 16]), draw.randint(1, 40), draw.choice([None, 1, 2, 3])),
         *(draw.choice(["uniform", "uniform", "zipf", "one", "nothing"]), draw.choice([0, 0, 1, 17]), draw.choice(list(TOLERANCE))),
         *(draw.choice(list(ACTIVATIONS)), draw.random() < 0.7, draw.random() < 0.7, draw.random() < 0.5),
-        *(tuple(draw.random() < 0.8 for _ in range(4)), draw.random() < 0.4, tile),
+        *(tuple(draw.random() < 0.8 for _ in range(4)), draw.random() < 0.4, tile, draw.choice([0, 0, 3, 24])),
     )
 
 
@@ -86,6 +89,13 @@ def counted(layer: Layer, n: int) -> torch.Tensor:
     if n == 0 or not share.any():
         return torch.zeros(layer.experts, dtype=torch.int64)
     return torch.bincount(torch.multinomial(share, n, replacement=True), minlength=layer.experts)
+
+
+def padded(t: torch.Tensor, gap: int) -> torch.Tensor:
+    """A copy whose parts t[i] lie `gap` elements, of what must not be read, behind one another."""
+    parts = t.new_full((len(t), t[0].numel() + gap), float("nan")) if len(t) else t.flatten(1)
+    parts[:, : parts.shape[1] - gap] = t.flatten(1)
+    return parts.as_strided(t.shape, (parts.shape[1], *t.stride()[1:]))
 
 
 def defined(x, index, weight, scale, expert, up, down, activation, upstream):
@@ -123,14 +133,14 @@ def check(layer: Layer, seed: int, monkeypatch) -> None:
     d, f, halves = layer.d, layer.f, 1 + layer.gated
     x, upstream = torch.randn(layer.tokens, d), torch.randn(layer.tokens, d)
     up, down = torch.randn(layer.experts, halves, f, d) / d**0.5, torch.randn(layer.experts, d, f) / f**0.5
-    x, upstream, up, down = (t.to(DEVICE, layer.dtype) for t in (x, upstream, up, down))
+    x, upstream, up, down = (padded(t.to(DEVICE, layer.dtype), layer.padded) for t in (x, upstream, up, down))
     weight, scale = torch.randn(n, device=DEVICE), torch.rand(n, device=DEVICE) if layer.scaled else None
     index, slots, counts = index.to(DEVICE), None if slots is None else slots.to(DEVICE), counts.to(DEVICE)
     expert = torch.arange(layer.experts, device=DEVICE).repeat_interleave(counts)
     y, hidden = triton_mlp.forward(x, index, slots, weight, counts, up, down, layer.activation, layer.keep)
     needs = Needs(*layer.needs, hidden=False)
     start = [torch.randn(t.shape, device=DEVICE) if layer.added and need else None for t, need in ((up, needs.up), (down, needs.down))]
-    targets = [None if t is None else t.clone() for t in start]
+    targets = [None if t is None else padded(t, layer.padded) for t in start]
     given = upstream, hidden, x, index, slots, weight, scale, counts, up, down, layer.activation, *targets, needs
     got = triton_mlp.backward(*given)
     out, gradients = defined(x, index, weight, scale, expert, up, down, layer.activation, upstream)
@@ -158,7 +168,7 @@ def test_corners_give_the_defined_output_and_gradients(name, monkeypatch):
     check(CORNERS[name], 0, monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 2, 5])  # which take under half a second
 def test_a_random_layer_gives_the_defined_output_and_gradients(seed, monkeypatch):
     check(drawn(seed), seed, monkeypatch)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from moe.model.attention import Attention
 from moe.parallel.apply import parallelize
 from tests.engines.tiny_job import mesh, model
 from tests.workers import run_ranks
@@ -28,11 +27,12 @@ def test_routers_sum_over_ranks_and_blocks_recompute():
 def compiled(rank, world):
     built = model()
     parallelize(built, mesh(), recompute="none", compile=True)
-    return {type(m).__name__ for m in built.modules() if m._compiled_call_impl is not None}, list(built.state_dict())
+    routers = [(vars(router).get("forward") is not None) == (router.eager is None) for router in built.routers().values()]
+    return [block.compiled is not None for block in built.layers], routers, list(built.state_dict())
 
 
-def test_compilation_takes_attention_and_renames_nothing():
-    kinds, names = run_ranks(1, compiled)[0]
-    assert Attention.__name__ in kinds
-    assert "TopK" not in kinds
+def test_compilation_takes_blocks_and_routers_and_renames_nothing():
+    blocks, routers, names = run_ranks(1, compiled)[0]
+    assert blocks == [True] * len(model().layers)
+    assert routers == [True] * len(model().routers())
     assert names == list(model().state_dict())
