@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -31,9 +34,24 @@ def doctor() -> Table:
         table.add_row("gpu", "none that torch sees")
     for name in GROUPED_MLP:
         table.add_row(f"backend {name}", why(name) or "runs here")
+    table.add_row("C compiler", compiler() or "not found: Triton cannot start a kernel without one; install gcc, or set CC to a compiler")
+    table.add_row(
+        "Python.h", header() or f"not found: Triton compiles with it; install python{'.'.join(platform.python_version_tuple()[:2])}-dev"
+    )
     for package in OPTIONAL:
         try:
             table.add_row(package, version(package))
         except PackageNotFoundError:
             table.add_row(package, "not installed (optional)")
     return table
+
+
+def compiler() -> str | None:
+    """Path of the C compiler that Triton would take: CC, or the first of gcc and clang."""
+    return next((found for name in (os.environ.get("CC"), "gcc", "clang") if name and (found := shutil.which(name))), None)
+
+
+def header() -> str | None:
+    """Path of this Python's C header, which Triton's launchers include."""
+    path = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return str(path) if path.exists() else None
